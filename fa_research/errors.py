@@ -1,0 +1,71 @@
+"""The errors a user can cause. Each message names the key, what was given and what would work.
+
+Everything else that goes wrong is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FaResearchError(ValueError):
+    """Root of all user-facing errors; the command line prints its message without a traceback."""
+
+
+class ConfigError(FaResearchError):
+    """A configuration value, or a combination of values, that cannot work."""
+
+
+class _Refusal(FaResearchError):
+    """A backend said no.
+
+    Attributes:
+        name: the backend that was asked for.
+        reasons: every reason, not only the first one found.
+        alternatives: names of the backends that would work here.
+    """
+
+    verb = "cannot be used"
+
+    def __init__(self, name: str, reasons: Sequence[str], alternatives: Sequence[str] = ()) -> None:
+        # All three go to Exception.args so that the error survives pickling by process-based launchers.
+        super().__init__(name, tuple(reasons), tuple(alternatives))
+        self.name = name
+        self.reasons: tuple[str, ...] = tuple(reasons)
+        self.alternatives: tuple[str, ...] = tuple(alternatives)
+
+    def __str__(self) -> str:
+        would_work = ", ".join(self.alternatives) if self.alternatives else "none"
+        return f"backend={self.name} {self.verb}: {'; '.join(self.reasons)}. Backends that would work here: {would_work}"
+
+
+class BackendUnavailable(_Refusal):
+    """The backend is unknown, not installed, or this machine cannot run it."""
+
+    verb = "is not available here"
+
+
+class Unsupported(_Refusal):
+    """The backend runs here but not with this combination of shapes, masks, page size or dtype."""
+
+    verb = "does not support this combination"
+
+
+class KVCacheFull(FaResearchError):
+    """The KV cache has too few free pages; the allocator has changed nothing.
+
+    Attributes:
+        requested: pages asked for.
+        free: pages free at that moment.
+    """
+
+    def __init__(self, requested: int, free: int) -> None:
+        super().__init__(requested, free)
+        self.requested = requested
+        self.free = free
+
+    def __str__(self) -> str:
+        return (
+            f"KV cache full: {self.requested} pages requested, {self.free} pages free; "
+            "raise kv.num_pages or kv.memory_fraction, or ask for fewer or shorter requests"
+        )
