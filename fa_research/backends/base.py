@@ -1,0 +1,174 @@
+"""The contract of a backend, on one page.
+
+A new backend is one file in this folder with one subclass, and one YAML in `configs/backend/`. It writes
+`unavailable`, `capabilities`, `attend`, and, if it must, `plan`. Everything else (metadata, rewrites, CUDA-graph state)
+is here. The verbs are SGLang's.
+
+Legend: T query tokens, H query heads, K KV heads, D head dim, V value head dim, N slots.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fa_research.attention.local import chunk_metadata
+from fa_research.attention.lowering import Lowering, lower
+from fa_research.batch import ForwardBatch, ForwardMode
+from fa_research.errors import ConfigError
+from fa_research.metadata import FlashAttentionMetadata, fill_metadata
+from fa_research.spec import AttentionSpec, Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSettings:
+    """What a backend is made for. `dtype` is that of queries, keys and values; lengths are in tokens.
+    `num_splits` 0 leaves the split of the keys to the kernel; `deterministic` asks that a request's result be bitwise
+    independent of its neighbours; `options` are the backend's own."""
+
+    device: torch.device
+    dtype: torch.dtype
+    page_size: int
+    max_context_len: int
+    provider: str | None = None
+    num_splits: int = 0
+    deterministic: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class AttentionBackend(ABC):
+    """One way to run attention over the paged cache. Instances serve one model on one device."""
+
+    name: ClassVar[str]
+    option_names: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
+        unknown = set(settings.options) - self.option_names
+        if unknown:
+            choices = ", ".join(sorted(self.option_names)) or "none"
+            raise ConfigError(f"backend.options.{min(unknown)} is unknown to backend={self.name}; its options: {choices}")
+        self.settings = settings
+        self.lowerings: tuple[Lowering, ...] = tuple(self.lower(spec) for spec in specs)
+        self.forward_metadata: FlashAttentionMetadata | None = None
+        self._chunked: dict[int, FlashAttentionMetadata] = {}
+        self._static: FlashAttentionMetadata | None = None
+
+    # What a backend writes.
+
+    @classmethod
+    @abstractmethod
+    def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
+        """Every reason why this machine cannot run it (missing package, GPU too old); empty if it can."""
+
+    @classmethod
+    def speed_rank(cls, device: torch.device) -> int:
+        """Order in which `backend=auto` tries backends on this device, highest first; below 0: never."""
+        return -1
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What it does natively here."""
+
+    @property
+    def provider(self) -> str | None:
+        """The package that the kernels came from, for the row."""
+        return None
+
+    def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
+        """Work once per forward pass for one kind of layer; keep the result in `metadata.plans[lowering.spec]`. It runs
+        on the device, inside a captured graph, unless `capabilities.host_planning`: then before each replay."""
+
+    @abstractmethod
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_cache_NKD: Tensor,
+        v_cache_NKV: Tensor,
+        metadata: FlashAttentionMetadata,
+        spec: AttentionSpec,
+        *,
+        sinks_H: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [T, H, V] in the query's dtype, and, when asked, LSE [T, H] in float32 (natural, without the sink)."""
+
+    # What a backend has.
+
+    def lower(self, spec: AttentionSpec) -> Lowering:
+        """How this backend runs the spec; `lowering.reasons` is non-empty where it cannot."""
+        s = self.settings
+        return lower(spec, self.capabilities, page_size=s.page_size, dtype=s.dtype, device=s.device)
+
+    def init_forward_metadata(self, batch: ForwardBatch, req_to_token_RW: Tensor) -> FlashAttentionMetadata:
+        """Once per eager pass, before the layers: allocate, fill, plan."""
+        page_size = self.settings.page_size
+        metadata = FlashAttentionMetadata.allocate(
+            batch.batch_size, batch.max_seq_len_k, page_size, req_to_token_RW.device
+        )
+        fill_metadata(metadata, batch, req_to_token_RW, page_size)
+        return self._set(metadata, batch, plan=True)
+
+    def init_cuda_graph_state(self, max_batch_size: int, max_seq_len_k: int) -> None:
+        """Allocate the static metadata that every captured batch size shares."""
+        page_size, device = self.settings.page_size, self.settings.device
+        self._static = FlashAttentionMetadata.allocate(max_batch_size, max_seq_len_k, page_size, device)
+
+    def init_forward_metadata_capture_cuda_graph(
+        self, batch: ForwardBatch, req_to_token_RW: Tensor
+    ) -> FlashAttentionMetadata:
+        """The same as `init_forward_metadata` on the static buffers. It runs while the graph is captured, so that every
+        replay fills and plans anew on the device."""
+        assert self._static is not None, "init_cuda_graph_state comes first"
+        metadata = self._static.head(batch.batch_size)
+        fill_metadata(metadata, batch, req_to_token_RW, self.settings.page_size)
+        return self._set(metadata, batch, plan=not self.capabilities.host_planning)
+
+    def init_forward_metadata_replay_cuda_graph(self, batch: ForwardBatch, req_to_token_RW: Tensor) -> None:
+        """Before a replay: nothing, unless the backend plans on the host."""
+        if self.capabilities.host_planning:
+            assert self._static is not None
+            metadata = self._static.head(batch.batch_size)
+            fill_metadata(metadata, batch, req_to_token_RW, self.settings.page_size)
+            self._set(metadata, batch, plan=True)
+
+    def forward(
+        self,
+        q_THD: Tensor,
+        k_cache_NKD: Tensor,
+        v_cache_NKV: Tensor,
+        lowering: Lowering,
+        batch: ForwardBatch,
+        *,
+        sinks_H: Tensor | None,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer's attention with the metadata of this pass."""
+        metadata = self._chunked[lowering.chunk] if lowering.chunk else self.forward_metadata
+        assert metadata is not None, "init_forward_metadata comes first"
+        run = self.forward_decode if batch.mode is ForwardMode.DECODE else self.forward_extend
+        return run(q_THD, k_cache_NKD, v_cache_NKV, metadata, lowering.spec, sinks_H=sinks_H, return_lse=return_lse)
+
+    def forward_extend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Attention of an EXTEND or MIXED pass; arguments and result are those of `attend`."""
+        return self.attend(*args, **kwargs)
+
+    def forward_decode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Attention of a DECODE pass; arguments and result are those of `attend`."""
+        return self.attend(*args, **kwargs)
+
+    def _set(self, metadata: FlashAttentionMetadata, batch: ForwardBatch, *, plan: bool) -> FlashAttentionMetadata:
+        self.forward_metadata = metadata
+        chunks = {lowering.chunk for lowering in self.lowerings if lowering.chunk}
+        self._chunked = {chunk: chunk_metadata(metadata, batch, chunk) for chunk in chunks}
+        if plan:
+            for lowering in dict.fromkeys(self.lowerings):
+                self.plan(self._chunked[lowering.chunk] if lowering.chunk else metadata, lowering)
+        return metadata
+
+

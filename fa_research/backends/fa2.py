@@ -1,0 +1,41 @@
+"""`fa2`: FlashAttention-2 (Dao 2023) over a page table; Ampere and newer."""
+
+from __future__ import annotations
+
+import torch
+
+from fa_research.backends.flash_attn import FlashAttnBackend
+from fa_research.spec import Capabilities
+
+
+class FA2Backend(FlashAttnBackend):
+    """Page sizes are multiples of 16 (vLLM's build) or 256 (flash-attn's). Sinks go through the LSE epilogue, chunks
+    through virtual requests."""
+
+    name = "fa2"
+    version = 2
+
+    @classmethod
+    def device_reasons(cls, device: torch.device) -> tuple[str, ...]:
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return ("needs an NVIDIA GPU of compute capability 8.0 or newer; there is no CUDA device here",)
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return (f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}",)
+        return ()
+
+    @classmethod
+    def speed_rank(cls, device: torch.device) -> int:
+        return 10 if device.type == "cuda" else -1
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({"float16", "bfloat16"}),
+            mask_features=frozenset({"causal", "full", "window"}),
+            head_dims=frozenset({64, 96, 128, 192, 256}),
+            page_size_multiple=self._kernels.page_size_multiple[self.version],
+            softcap=True,
+            returns_lse=True,
+        )

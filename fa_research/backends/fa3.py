@@ -1,0 +1,42 @@
+"""`fa3`: FlashAttention-3 on Hopper (Shah et al. 2024), as SGLang's Flash Attention backend uses it."""
+
+from __future__ import annotations
+
+import torch
+
+from fa_research.backends.flash_attn import FlashAttnBackend
+from fa_research.spec import Capabilities
+
+
+class FA3Backend(FlashAttnBackend):
+    """Any page size; the tile schedule is computed once per pass and serves every layer."""
+
+    name = "fa3"
+    version = 3
+
+    @classmethod
+    def device_reasons(cls, device: torch.device) -> tuple[str, ...]:
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return ("needs an NVIDIA Hopper GPU (compute capability 9.x); there is no CUDA device here",)
+        capability = torch.cuda.get_device_capability(device)
+        if capability[0] != 9:
+            return (f"needs compute capability 9.x (Hopper), this GPU has {capability[0]}.{capability[1]}",)
+        return ()
+
+    @classmethod
+    def speed_rank(cls, device: torch.device) -> int:
+        return 30 if device.type == "cuda" else -1
+
+    @property
+    def capabilities(self) -> Capabilities:
+        chunk = {"chunk"} if self._kernels.chunk else set()
+        return Capabilities(
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({"float16", "bfloat16"}),
+            mask_features=frozenset({"causal", "full", "window"} | chunk),
+            head_dims=frozenset({64, 96, 128, 192, 256}),
+            page_size_multiple=self._kernels.page_size_multiple[self.version],
+            softcap=True,
+            sinks=self._kernels.sinks,
+            returns_lse=True,
+        )

@@ -1,0 +1,107 @@
+"""What `fa2` and `fa3` share: flash-attention kernels over a page table, from whichever package is installed.
+
+Legend: T query tokens, H query heads, K KV heads, D head dim, V value head dim, N slots, S slots in a page.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fa_research.attention.lowering import Lowering
+from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.backends.flash_attn_providers import KernelArguments, Provider, resolve
+from fa_research.masks import Band
+from fa_research.metadata import FlashAttentionMetadata
+from fa_research.spec import AttentionSpec
+
+
+class FlashAttnBackend(AttentionBackend):
+    """The kernels index pages as [P, S, K, D]; the pool's buffers are viewed so without a copy."""
+
+    version: ClassVar[int]
+
+    def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
+        provider, reasons = resolve(self.version, settings.provider)
+        assert provider is not None, reasons
+        self._kernels: Provider = provider(self.version)
+        super().__init__(settings, specs)
+
+    @classmethod
+    def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
+        reasons = list(cls.device_reasons(settings.device))
+        if not reasons:  # importing the kernels without a GPU says nothing useful
+            reasons += resolve(cls.version, settings.provider)[1]
+        return tuple(reasons)
+
+    @classmethod
+    @abstractmethod
+    def device_reasons(cls, device: torch.device) -> tuple[str, ...]:
+        """Why this device cannot run the kernels."""
+
+    @property
+    def provider(self) -> str:
+        return self._kernels.module
+
+    def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
+        spec = lowering.spec
+        band = _band(spec)
+        metadata.plans[spec] = self._kernels.schedule(
+            metadata,
+            num_heads_q=spec.num_heads,
+            num_heads_kv=spec.num_kv_heads,
+            headdim=spec.head_dim,
+            headdim_v=spec.v_head_dim,
+            qkv_dtype=self.settings.dtype,
+            causal=band.causal,
+            window_size=_window(band),
+            has_softcap=spec.softcap > 0,
+            num_splits=self._num_splits,
+        )
+
+    @property
+    def _num_splits(self) -> int:
+        # A fixed single split keeps a request's order of summation the same whatever the batch around it.
+        return 1 if self.settings.deterministic else self.settings.num_splits
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_cache_NKD: Tensor,
+        v_cache_NKV: Tensor,
+        metadata: FlashAttentionMetadata,
+        spec: AttentionSpec,
+        *,
+        sinks_H: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        band = _band(spec)
+        args = KernelArguments(
+            scale=spec.scale,
+            causal=band.causal,
+            window=_window(band),
+            chunk=band.chunk,
+            softcap=spec.softcap,
+            num_splits=self._num_splits,
+            return_lse=return_lse,
+        )
+        k_PSKD = k_cache_NKD.unflatten(0, (-1, metadata.page_size))
+        v_PSKV = v_cache_NKV.unflatten(0, (-1, metadata.page_size))
+        if sinks_H is not None:
+            sinks_H = sinks_H.to(q_THD.dtype)
+        return self._kernels.call(q_THD, k_PSKD, v_PSKV, metadata, args, metadata.plans.get(spec), sinks_H)
+
+
+def _band(spec: AttentionSpec) -> Band:
+    band = spec.mask.band()
+    assert band is not None
+    return band
+
+
+def _window(band: Band) -> tuple[int, int]:
+    # The kernels count keys to the left of the query, the query's own not included.
+    return (band.window - 1, 0) if band.window else (-1, -1)

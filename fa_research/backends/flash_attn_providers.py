@@ -1,0 +1,227 @@
+"""Where the flash-attention kernels come from. Five packages ship them, each with a face of its own; a `Provider` makes
+them one. Signatures were read from the packages named; an installed package that differs fails loudly in its call.
+
+Legend: T query tokens, B requests, B1 = B + 1, P pages, S slots in a page, H query heads, K KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fa_research.metadata import FlashAttentionMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class KernelArguments:
+    """One call's numbers: window is (left, right) with -1 for none; chunk and softcap 0 for none."""
+
+    scale: float
+    causal: bool
+    window: tuple[int, int]
+    chunk: int
+    softcap: float
+    num_splits: int
+    return_lse: bool
+
+
+class Provider:
+    """One package. `version` is the flash-attention generation it is asked for (2 or 3)."""
+
+    module: ClassVar[str]
+    versions: ClassVar[frozenset[int]]
+    sinks: ClassVar[bool] = False
+    chunk: ClassVar[bool] = False
+    page_size_multiple: ClassVar[dict[int, int]] = {2: 256, 3: 1}
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self._module = self._load()
+
+    @classmethod
+    def missing(cls, version: int) -> str | None:
+        """Why this package cannot provide generation `version` here, or None. Tries the import."""
+        if version not in cls.versions:
+            return f"{cls.module} has no FA{version}"
+        try:
+            cls(version)
+        except Exception as error:  # a broken binary raises ImportError, OSError, RuntimeError or worse
+            return f"{cls.module}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        return None
+
+    def _load(self) -> Any:
+        return importlib.import_module(self.module)
+
+    def schedule(self, metadata: FlashAttentionMetadata, **shape: Any) -> Tensor | None:
+        """FA3's tile scheduler metadata for this pass, or None where the package takes none."""
+        return None
+
+    def call(
+        self,
+        q_THD: Tensor,
+        k_PSKD: Tensor,
+        v_PSKV: Tensor,
+        metadata: FlashAttentionMetadata,
+        args: KernelArguments,
+        schedule: Tensor | None,
+        sinks_H: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output [T, H, V], LSE [T, H] or None)."""
+        raise NotImplementedError
+
+
+class _WithKVCache(Provider):
+    """Packages whose FA3 is `flash_attn_with_kvcache(..., page_table=, cache_seqlens=, cu_seqlens_q=)`."""
+
+    versions = frozenset({3})
+
+    def call(self, q_THD, k_PSKD, v_PSKV, metadata, args, schedule, sinks_H):  # type: ignore[no-untyped-def]
+        extra: dict[str, Any] = {}
+        if self.chunk and args.chunk:
+            extra["attention_chunk"] = args.chunk
+        if sinks_H is not None:
+            extra["sinks"] = sinks_H
+        if schedule is not None:
+            extra["scheduler_metadata"] = schedule
+        result = self._module.flash_attn_with_kvcache(
+            q_THD,
+            k_PSKD,
+            v_PSKV,
+            cache_seqlens=metadata.cache_seqlens_int32_B,
+            page_table=metadata.page_table_BP,
+            cu_seqlens_q=metadata.cu_seqlens_q_B1,
+            max_seqlen_q=metadata.max_seq_len_q,
+            softmax_scale=args.scale,
+            causal=args.causal,
+            window_size=args.window,
+            softcap=args.softcap,
+            num_splits=args.num_splits,
+            return_softmax_lse=args.return_lse,
+            **extra,
+        )
+        return (result[0], result[1].transpose(0, 1)) if args.return_lse else (result, None)
+
+
+class Upstream(_WithKVCache):
+    """`flash_attn_interface`, built from flash-attention's `hopper/` folder."""
+
+    module = "flash_attn_interface"
+    chunk = True
+
+
+class SGLKernel(_WithKVCache):
+    """`sgl_kernel.flash_attn`, SGLang's kernels."""
+
+    module = "sgl_kernel.flash_attn"
+    sinks = True
+
+
+class HubKernels(_WithKVCache):
+    """The Hugging Face `kernels` hub: loads the published build of FA3 (needs a network once)."""
+
+    module = "kernels"
+    chunk = True
+    repository: ClassVar[str] = "kernels-community/flash-attn3"
+
+    def _load(self) -> Any:
+        return importlib.import_module("kernels").get_kernel(self.repository)
+
+
+class FlashAttn(Provider):
+    """`flash_attn` 2.x: `flash_attn_varlen_func(..., block_table=)`, pages of a multiple of 256 slots."""
+
+    module = "flash_attn"
+    versions = frozenset({2})
+
+    def call(self, q_THD, k_PSKD, v_PSKV, metadata, args, schedule, sinks_H):  # type: ignore[no-untyped-def]
+        result = self._module.flash_attn_varlen_func(
+            q_THD,
+            k_PSKD,
+            v_PSKV,
+            metadata.cu_seqlens_q_B1,
+            metadata.cu_seqlens_k_B1,
+            metadata.max_seq_len_q,
+            metadata.max_seq_len_k,
+            softmax_scale=args.scale,
+            causal=args.causal,
+            window_size=args.window,
+            softcap=args.softcap,
+            return_attn_probs=args.return_lse,
+            block_table=metadata.page_table_BP,
+        )
+        return (result[0], result[1].transpose(0, 1)) if args.return_lse else (result, None)
+
+
+class VLLM(Provider):
+    """`vllm.vllm_flash_attn`: FA2 with pages of a multiple of 16 slots, FA3 with sinks and without chunks."""
+
+    module = "vllm.vllm_flash_attn"
+    versions = frozenset({2, 3})
+    sinks = True
+    page_size_multiple = {2: 16, 3: 1}
+
+    def _load(self) -> Any:
+        module = importlib.import_module(f"{self.module}.flash_attn_interface")
+        if not getattr(module, f"FA{self.version}_AVAILABLE"):
+            raise ImportError(getattr(module, f"FA{self.version}_UNAVAILABLE_REASON"))
+        return module
+
+    def schedule(self, metadata: FlashAttentionMetadata, **shape: Any) -> Tensor | None:
+        if self.version != 3:
+            return None
+        result: Tensor = self._module.get_scheduler_metadata(
+            batch_size=metadata.batch_size,
+            max_seqlen_q=metadata.max_seq_len_q,
+            max_seqlen_k=metadata.max_seq_len_k,
+            cache_seqlens=metadata.cache_seqlens_int32_B,
+            cu_seqlens_q=metadata.cu_seqlens_q_B1,
+            page_size=metadata.page_size,
+            **shape,
+        )
+        return result
+
+    def call(self, q_THD, k_PSKD, v_PSKV, metadata, args, schedule, sinks_H):  # type: ignore[no-untyped-def]
+        result = self._module.flash_attn_varlen_func(
+            q_THD,
+            k_PSKD,
+            v_PSKV,
+            max_seqlen_q=metadata.max_seq_len_q,
+            cu_seqlens_q=metadata.cu_seqlens_q_B1,
+            max_seqlen_k=metadata.max_seq_len_k,
+            seqused_k=metadata.cache_seqlens_int32_B,
+            softmax_scale=args.scale,
+            causal=args.causal,
+            window_size=list(args.window),
+            softcap=args.softcap,
+            block_table=metadata.page_table_BP,
+            return_softmax_lse=args.return_lse,
+            scheduler_metadata=schedule,
+            num_splits=args.num_splits,
+            fa_version=self.version,
+            s_aux=sinks_H,
+        )
+        return (result[0], result[1].transpose(0, 1)) if args.return_lse else (result, None)
+
+
+PROVIDERS: tuple[type[Provider], ...] = (Upstream, FlashAttn, SGLKernel, VLLM, HubKernels)
+
+
+@cache
+def resolve(version: int, pinned: str | None) -> tuple[type[Provider] | None, tuple[str, ...]]:
+    """The first installed provider of FA`version` (or the pinned one), or None and why each was passed over."""
+    candidates = [p for p in PROVIDERS if version in p.versions and pinned in (None, p.module)]
+    if not candidates:
+        names = ", ".join(p.module for p in PROVIDERS if version in p.versions)
+        return None, (f"backend.provider={pinned} is unknown for FA{version}; choose one of {names}",)
+    reasons = []
+    for provider in candidates:
+        reason = provider.missing(version)
+        if reason is None:
+            return provider, ()
+        reasons.append(reason)
+    return None, tuple(reasons)

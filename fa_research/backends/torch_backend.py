@@ -1,0 +1,71 @@
+"""`torch`: gathers pages and evaluates the mask predicate. Any device, any dtype; the oracle of every other backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fa_research.attention.reference import paged_attention
+from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.metadata import FlashAttentionMetadata
+from fa_research.spec import AttentionSpec, Capabilities, GraphSupport
+
+
+class TorchBackend(AttentionBackend):
+    """Computes in float32, or in float64 where the inputs are. It reads the lengths on the host once per pass, so it
+    cannot be captured in a CUDA graph."""
+
+    name = "torch"
+
+    @classmethod
+    def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
+        return ()
+
+    @classmethod
+    def speed_rank(cls, device: torch.device) -> int:
+        return 0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
+            dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
+            mask_features=frozenset({"predicate"}),
+            softcap=True,
+            sinks=True,
+            returns_lse=True,
+            cuda_graph=GraphSupport.NEVER,
+        )
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_cache_NKD: Tensor,
+        v_cache_NKV: Tensor,
+        metadata: FlashAttentionMetadata,
+        spec: AttentionSpec,
+        *,
+        sinks_H: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        seq_lens, extend_lens = self._lengths(metadata)
+        out, lse = paged_attention(
+            q_THD,
+            k_cache_NKD,
+            v_cache_NKV,
+            metadata.page_table_BP,
+            seq_lens,
+            extend_lens,
+            metadata.page_size,
+            spec,
+            sinks_H=sinks_H,
+            compute_dtype=torch.promote_types(q_THD.dtype, torch.float32),
+        )
+        return out.to(q_THD.dtype), lse.float() if return_lse else None
+
+    def _lengths(self, metadata: FlashAttentionMetadata) -> tuple[list[int], list[int]]:
+        if "lengths" not in metadata.plans:
+            extend_lens = metadata.cu_seqlens_q_B1.diff().tolist()
+            metadata.plans["lengths"] = metadata.cache_seqlens_int32_B.tolist(), extend_lens
+        lengths: tuple[list[int], list[int]] = metadata.plans["lengths"]
+        return lengths

@@ -1,0 +1,10 @@
+"""The two-level KV cache: request -> token slots (`ReqToTokenPool`) -> keys and values (`TokenToKVPool`)."""
+
+from __future__ import annotations
+
+from fa_research.kv_cache.allocator import PagedAllocator
+from fa_research.kv_cache.cache import CachedRequest, PagedKVCache
+from fa_research.kv_cache.pool import TokenToKVPool
+from fa_research.kv_cache.req_to_token import ReqToTokenPool
+
+__all__ = ["CachedRequest", "PagedAllocator", "PagedKVCache", "ReqToTokenPool", "TokenToKVPool"]
