@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fa_research.config.hashing import config_hash, to_plain
+from fa_research.config.load import load_config
 from fa_research.config.schemas import (
     WORKLOADS,
     BackendConfig,
@@ -27,6 +29,7 @@ from fa_research.config.schemas import (
     TrackingMode,
     WorkloadConfig,
 )
+from fa_research.config.validate import validate
 
 __all__ = [
     "WORKLOADS",
@@ -52,4 +55,8 @@ __all__ = [
     "TrackingConfig",
     "TrackingMode",
     "WorkloadConfig",
+    "config_hash",
+    "load_config",
+    "to_plain",
+    "validate",
 ]

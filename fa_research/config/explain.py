@@ -1,0 +1,113 @@
+"""Turns what Hydra and OmegaConf raise into one line that names the key, what was given and what would work."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from typing import Any
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from fa_research.config.schemas import WORKLOADS, Config, WorkloadConfig
+
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def explain(error: BaseException) -> str:
+    """One line for a user about an error of composition or conversion."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, MissingConfigException) and cause.options:
+            return _unknown_choice(cause)
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return _explain_omegaconf(cause)
+    if any(isinstance(cause, ValueError) and "group override must be" in str(cause) for cause in chain):
+        return (
+            f"{error}: a group takes the name of one of its choices, as in backend=triton; --help lists them"
+        )
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}: write key=value, and quote special characters"
+    return " ".join(str(error).split())
+
+
+def unknown_key(full_key: str, schema: type | None) -> str:
+    """Says that `full_key` does not exist and which keys do; `schema` is the dataclass it was looked up in."""
+    parent, _, key = full_key.rpartition(".")
+    if schema is None or not dataclasses.is_dataclass(schema):
+        return f"unknown key {full_key}"
+    names = [field.name for field in dataclasses.fields(schema)]
+    qualified = [f"{parent}.{name}" if parent else name for name in names]
+    text = f"unknown key {full_key}{_did_you_mean(key, names, prefix=parent)}"
+    elsewhere = [name for name, cls in WORKLOADS.items() if key in {f.name for f in dataclasses.fields(cls)}]
+    if issubclass(schema, WorkloadConfig) and elsewhere:
+        text += f"; workload={' and workload='.join(elsewhere)} have it"
+    return f"{text}; keys here: {', '.join(qualified)}"
+
+
+def expected(schema: type | None, key: str) -> str:
+    """What the field `key` of a dataclass takes, in words; empty where nothing is known."""
+    if schema is None or not dataclasses.is_dataclass(schema):
+        return ""
+    return _type_in_words(typing.get_type_hints(schema).get(key))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__
+
+
+def _explain_omegaconf(error: OmegaConfBaseException) -> str:
+    full_key, schema = str(error.full_key), error.object_type
+    if isinstance(error, ConfigKeyError) or type(error).__name__ == "ConfigAttributeError":
+        return unknown_key(full_key, schema)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{full_key} has no value; expected {expected(schema, str(error.key)) or 'one'}"
+    if isinstance(error, ValidationError):
+        wanted = expected(schema, str(error.key)) or _list_item(full_key)
+        if wanted:
+            return f"{full_key}={_as_typed(error.value)}: expected {wanted}"
+    reason = str(error.msg or error).splitlines()[0]
+    return f"{full_key}: {reason}"
+
+
+def _list_item(full_key: str) -> str:
+    """What an item of a list takes: the schema in such an error is `list`, so walk down from the root."""
+    node: Any = Config
+    for name in full_key.split("[")[0].split("."):
+        node = typing.get_type_hints(node).get(name) if dataclasses.is_dataclass(node) else None
+    return _type_in_words(typing.get_args(node)[0]) if typing.get_origin(node) is list else ""
+
+
+def _type_in_words(kind: Any) -> str:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        options = [_type_in_words(arg) for arg in typing.get_args(kind) if arg is not type(None)]
+        return " or ".join([*options, "null"])
+    if typing.get_origin(kind) is list:
+        return f"a list, each item {_type_in_words(typing.get_args(kind)[0])}, as in [a,b]"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(kind.__members__)}"
+    if dataclasses.is_dataclass(kind):
+        return f"a group with the keys {', '.join(f.name for f in dataclasses.fields(kind))}"
+    return _TYPE_NAMES.get(kind, "")
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    group, _, given = str(error.missing_cfg_file).rpartition("/")
+    options = [str(option) for option in error.options or ()]
+    return f"{group}={given} is unknown{_did_you_mean(given, options)}; choose one of {', '.join(options)}"
+
+
+def _did_you_mean(given: str, options: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(given, list(options), n=1, cutoff=0.6)
+    return f", did you mean {prefix + '.' if prefix else ''}{close[0]}?" if close else ""
+
+
+def _as_typed(value: Any) -> str:
+    return "null" if value is None else repr(value) if isinstance(value, str) else str(value)

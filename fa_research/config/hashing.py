@@ -1,0 +1,32 @@
+"""A config as plain data, and a short name for what it measures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from fa_research.config.schemas import Config
+
+# Where and how results are kept does not change what is measured.
+NOT_HASHED = frozenset({"tracking", "hydra", "study"})
+
+
+def to_plain(cfg: Config | DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The config as dicts, lists, strings and numbers: interpolations resolved, enums by name, no `hydra` node."""
+    if isinstance(cfg, Mapping) and not isinstance(cfg, DictConfig):
+        return dict(cfg)
+    node = cfg if isinstance(cfg, DictConfig) else OmegaConf.structured(cfg)
+    node = OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
+    plain = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+    return cast(dict[str, Any], plain)
+
+
+def config_hash(cfg: Config | DictConfig | Mapping[str, Any]) -> str:
+    """Eight hex digits that depend on every value but those of `NOT_HASHED`, and not on the order of keys."""
+    measured = {key: value for key, value in to_plain(cfg).items() if key not in NOT_HASHED}
+    text = json.dumps(measured, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,50 @@
+"""From what Hydra composed to the typed config, or one clear error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fa_research.config.explain import explain, unknown_key
+from fa_research.config.schemas import WORKLOADS, Config
+from fa_research.config.validate import validate
+from fa_research.errors import ConfigError
+
+
+def load_config(cfg: DictConfig) -> Config:
+    """The typed and validated form of a composed config.
+
+    Raises:
+        ConfigError: unknown keys (forced in with `+` too), missing or mistyped values, impossible combinations; the
+            message names the key, what was given and what would work.
+    """
+    unknown = [unknown_key(key, schema) for key, schema in _unknown_keys(cfg)]
+    if unknown:
+        raise ConfigError("; ".join(unknown))
+    try:
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    if not isinstance(config, Config):
+        raise ConfigError(
+            "the composed config lacks schema/config in its defaults list, see configs/config.yaml"
+        )
+    if type(config.workload) not in WORKLOADS.values():
+        raise ConfigError(f"no workload chosen; use workload= with one of {', '.join(WORKLOADS)}")
+    validate(config)
+    return config
+
+
+def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Keys that the schema of their node does not have, with that schema."""
+    schema = OmegaConf.get_type(node)
+    known = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
+    for key in map(str, node):
+        if known is not None and schema is not None and key not in known:
+            yield prefix + key, schema
+        elif not (OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)):
+            if isinstance(node[key], DictConfig):
+                yield from _unknown_keys(node[key], f"{prefix}{key}.")

@@ -1,0 +1,187 @@
+"""Checks that need more than one value, or more than a type. All problems of a config are reported at once."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from fa_research import masks
+from fa_research.config.schemas import (
+    Config,
+    CudaGraphConfig,
+    DecodeWorkload,
+    ExtendWorkload,
+    GraphMode,
+    KVConfig,
+    Level,
+    MeasureConfig,
+    MixedWorkload,
+    ModelConfig,
+    RopeType,
+    TextWorkload,
+    WorkloadConfig,
+)
+from fa_research.errors import ConfigError
+
+MAX_PAGE_SIZE = 256
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError with every problem of `config`; each names its key, what was given and what would work."""
+    problems = [
+        *_root(config),
+        *_model(config.model),
+        *_kv(config.kv),
+        *_cuda_graph(config.cuda_graph),
+        *_measure(config.measure),
+        *_workload(config.workload, config.model),
+    ]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _at_least(key: str, value: float | None, least: int) -> Iterator[str]:
+    if value is not None and not value >= least:
+        yield f"{key}={value}: must be at least {least}"
+
+
+def _positive(key: str, value: float) -> Iterator[str]:
+    if not (value > 0 and math.isfinite(value)):
+        yield f"{key}={value}: must be a finite number above 0"
+
+
+def _root(config: Config) -> Iterator[str]:
+    if not re.fullmatch(r"\w[\w.-]*", config.study):
+        yield f"study={config.study!r}: names a folder, so use letters, digits, dots, dashes and underscores"
+    if not 0 <= config.seed < 2**63:
+        yield f"seed={config.seed}: must be from 0 to 2**63 - 1"
+    yield from _at_least("backend.num_splits", config.backend.num_splits, 0)
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    sizes = (
+        "num_layers hidden_size num_heads num_kv_heads head_dim intermediate_size vocab_size max_context_len"
+    )
+    for name in sizes.split():
+        yield from _at_least(f"model.{name}", getattr(model, name), 1)
+    if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_heads={model.num_heads} with model.num_kv_heads={model.num_kv_heads}: "
+            "the query heads must be a multiple of the KV heads"
+        )
+    if model.head_dim % 2:
+        yield f"model.head_dim={model.head_dim}: must be even, rotary embedding turns pairs"
+    yield from _positive("model.rope_theta", model.rope_theta)
+    yield from _positive("model.rms_norm_eps", model.rms_norm_eps)
+    if not (model.softcap >= 0 and math.isfinite(model.softcap)):
+        yield f"model.softcap={model.softcap}: must be 0 (off) or a positive number"
+    yield from _rope_scaling(model)
+    try:
+        masks.build(model.mask.name, model.mask.size)
+    except ValueError as error:
+        yield f"model.mask: {error}"
+
+
+def _rope_scaling(model: ModelConfig) -> Iterator[str]:
+    rope = model.rope_scaling
+    if rope.type is RopeType.none:
+        return
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        yield from _positive(f"model.rope_scaling.{name}", getattr(rope, name))
+    yield from _at_least("model.rope_scaling.original_max_position", rope.original_max_position, 1)
+    if not rope.low_freq_factor < rope.high_freq_factor:
+        yield (
+            f"model.rope_scaling.low_freq_factor={rope.low_freq_factor}: "
+            f"must be below model.rope_scaling.high_freq_factor={rope.high_freq_factor}"
+        )
+
+
+def _kv(kv: KVConfig) -> Iterator[str]:
+    if not 1 <= kv.page_size <= MAX_PAGE_SIZE:
+        yield f"kv.page_size={kv.page_size}: must be from 1 to {MAX_PAGE_SIZE} slots"
+    if kv.num_pages is not None and kv.memory_fraction is not None:
+        yield (
+            f"kv.num_pages={kv.num_pages} and kv.memory_fraction={kv.memory_fraction}: "
+            "give one of the two, or neither for what the workload needs"
+        )
+    if kv.num_pages is not None and kv.num_pages < 2:
+        yield f"kv.num_pages={kv.num_pages}: must be at least 2, page 0 is never handed out"
+    if kv.memory_fraction is not None and not 0 < kv.memory_fraction <= 1:
+        yield f"kv.memory_fraction={kv.memory_fraction}: must be above 0 and at most 1"
+    yield from _at_least("kv.max_requests", kv.max_requests, 1)
+    yield from _at_least("kv.reserve_ahead", kv.reserve_ahead, 1)
+
+
+def _cuda_graph(graph: CudaGraphConfig) -> Iterator[str]:
+    sizes = graph.batch_sizes
+    if not sizes and graph.mode is not GraphMode.off:
+        yield "cuda_graph.batch_sizes=[]: give at least one batch size, or cuda_graph.mode=off"
+    if any(size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
+        yield f"cuda_graph.batch_sizes={sizes}: must be positive and without repeats"
+
+
+def _measure(measure: MeasureConfig) -> Iterator[str]:
+    yield from _at_least("measure.check_requests", measure.check_requests, 1)
+    yield from _at_least("measure.warmup", measure.warmup, 0)
+    yield from _at_least("measure.repeats", measure.repeats, 1)
+    yield from _positive("measure.max_seconds", measure.max_seconds)
+
+
+def _workload(workload: WorkloadConfig, model: ModelConfig) -> Iterator[str]:
+    yield from _level(workload, model)
+    match workload:
+        case DecodeWorkload():
+            yield from _sizes(workload, "batch_size context_len steps")
+            if not 0 <= workload.length_spread < 1:
+                yield f"workload.length_spread={workload.length_spread}: must be at least 0 and below 1"
+            yield from _fits(workload, model, "context_len steps")
+        case ExtendWorkload():
+            yield from _sizes(workload, "batch_size new_len")
+            yield from _at_least("workload.prefix_len", workload.prefix_len, 0)
+            yield from _fits(workload, model, "prefix_len new_len")
+        case MixedWorkload():
+            yield from _sizes(workload, "extend_requests new_len decode_requests context_len")
+            yield from _at_least("workload.prefix_len", workload.prefix_len, 0)
+            yield from _fits(workload, model, "prefix_len new_len")
+            yield from _fits(workload, model, "context_len", extra=1)
+        case TextWorkload():
+            yield from _text(workload, model)
+
+
+def _level(workload: WorkloadConfig, model: ModelConfig) -> Iterator[str]:
+    if workload.num_layers is None:
+        return
+    if workload.level is not Level.attention:
+        yield (
+            f"workload.num_layers={workload.num_layers}: only with workload.level=attention; "
+            "a whole model has model.num_layers"
+        )
+    elif not 1 <= workload.num_layers <= model.num_layers:
+        yield f"workload.num_layers={workload.num_layers}: must be from 1 to model.num_layers={model.num_layers}"
+
+
+def _text(workload: TextWorkload, model: ModelConfig) -> Iterator[str]:
+    yield from _sizes(workload, "batch_size prompt_len chunk_size steps")
+    if workload.prompt_len >= 1 and not 0 <= workload.shared_prefix_len < workload.prompt_len:
+        yield (
+            f"workload.shared_prefix_len={workload.shared_prefix_len}: must be from 0 to "
+            f"workload.prompt_len - 1 = {workload.prompt_len - 1}, so that each prompt has a token of its own"
+        )
+    yield from _fits(workload, model, "prompt_len steps")
+
+
+def _sizes(workload: WorkloadConfig, names: str) -> Iterator[str]:
+    for name in names.split():
+        yield from _at_least(f"workload.{name}", getattr(workload, name), 1)
+
+
+def _fits(workload: WorkloadConfig, model: ModelConfig, names: str, extra: int = 0) -> Iterator[str]:
+    """The longest request against the model's limit; `extra` counts tokens that no key names."""
+    parts = [(name, getattr(workload, name)) for name in names.split()]
+    total = sum(value for _, value in parts) + extra
+    if total > model.max_context_len:
+        terms = " + ".join(f"workload.{name}={value}" for name, value in parts) + (
+            f" + {extra}" if extra else ""
+        )
+        yield f"{terms} = {total} tokens: must be at most model.max_context_len={model.max_context_len}"
