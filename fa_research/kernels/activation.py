@@ -14,7 +14,13 @@ from torch import Tensor
 
 @triton.jit
 def _silu_mul_kernel(
-    gate_up_ptr, out_ptr, gate_up_stride_t, out_stride_t, F: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+    gate_up_ptr,
+    out_ptr,
+    gate_up_stride_t,
+    out_stride_t,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     token = (pid // PARTS).to(tl.int64)
@@ -40,10 +46,12 @@ def silu_mul(gate_up_T2F: Tensor, out: Tensor | None = None) -> Tensor:
     Rows may be strided, the last dimension is contiguous; the result has the dtype of the input.
     """
     num_tokens, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
-    assert gate_up_T2F.shape[1] == 2 * width and gate_up_T2F.stride(1) == 1
+    assert gate_up_T2F.shape[1] == 2 * width
+    assert gate_up_T2F.stride(1) == 1
     if out is None:
         out = torch.empty((num_tokens, width), dtype=gate_up_T2F.dtype, device=gate_up_T2F.device)
-    assert out.shape == (num_tokens, width) and out.stride(1) == 1
+    assert out.shape == (num_tokens, width)
+    assert out.stride(1) == 1
     block, warps = launch_config(num_tokens, width)
     parts = triton.cdiv(width, block)
     _silu_mul_kernel[(num_tokens * parts,)](

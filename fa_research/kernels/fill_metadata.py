@@ -1,13 +1,11 @@
-"""The integer work of a forward pass on the device: the attention metadata, and the step from one decode to the next.
+"""The integer work of a pass on the device: attention metadata, and the step from one decode to the next.
 
 Shapes: B requests, R rows and W columns of ``req_to_token``, P pages of a row of the page table.
-Each is one launch and reads nothing back, so a CUDA graph may hold it: the grid depends on the shapes of the outputs
-alone, and programs past the length of their request have nothing to do.
+Each is one launch and reads nothing back, so a CUDA graph may hold it: the grid depends on the shapes of the
+outputs alone, and programs past the length of their request have nothing to do.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import triton
 import triton.language as tl
@@ -19,7 +17,13 @@ _PAGES_PROGRAMS = 1024  # about as many as are resident on a large GPU; they str
 
 @triton.jit
 def _fill_lengths(
-    seq_lens_ptr, extend_seq_lens_ptr, cache_seqlens_ptr, cu_q_ptr, cu_k_ptr, num_requests, BLOCK: tl.constexpr
+    seq_lens_ptr,
+    extend_seq_lens_ptr,
+    cache_seqlens_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    num_requests,
+    BLOCK: tl.constexpr,
 ):
     tl.store(cu_q_ptr, 0)
     tl.store(cu_k_ptr, 0)
@@ -69,7 +73,9 @@ def _fill_metadata_kernel(
         first = (pid - 1) % programs_per_request * BLOCK_P
         pages = (tl.load(seq_lens_ptr + request).to(tl.int32) + PAGE_SIZE - 1) // PAGE_SIZE
         pages = tl.minimum(pages, num_pages)
-        slots_row = req_to_token_ptr + tl.load(req_pool_indices_ptr + request).to(tl.int64) * req_to_token_stride_r
+        slots_row = (
+            req_to_token_ptr + tl.load(req_pool_indices_ptr + request).to(tl.int64) * req_to_token_stride_r
+        )
         pages_row = page_table_ptr + request.to(tl.int64) * page_table_stride_b
         for start in range(first, pages, programs_per_request * BLOCK_P):
             page = start + tl.arange(0, BLOCK_P)
@@ -101,9 +107,8 @@ def _advance_decode_kernel(
     tl.store(out_cache_loc_ptr + request, slot.to(tl.int64), mask=mask)
 
 
-@cache
 def programs_per_request(num_requests: int, num_pages: int) -> int:
-    """How many programs share one row of the page table: enough for its width, but few where there are many rows."""
+    """How many programs share a row of the page table: enough for its width, but few for many rows."""
     return max(1, min(triton.cdiv(num_pages, _PAGES_BLOCK), _PAGES_PROGRAMS // num_requests))
 
 
@@ -120,13 +125,15 @@ def fill_metadata(
 ) -> None:
     """Fill ``cache_seqlens_B``, both cumulative lengths [B + 1] and the page table, all int32, in one launch.
 
-    ``extend_seq_lens_B`` None means one new token for every request. ``page_table[b, j]`` is the page of token
-    ``j * page_size`` of request b, for every page that the request has begun; later entries stay as they are.
-    A table narrower than a request is filled to its width: who made it answers for the width.
+    ``extend_seq_lens_B`` None means one new token for every request. ``page_table[b, j]`` is the page of
+    token ``j * page_size`` of request b, for every page that the request has begun; later entries stay as
+    they are. A table narrower than a request is filled to its width: who made it answers for the width.
     """
     num_requests, num_pages = page_table_BP.shape
-    assert num_requests > 0 and num_pages > 0
-    assert cache_seqlens_B.shape == (num_requests,) and cu_seqlens_k_B1.shape == (num_requests + 1,)
+    assert num_requests > 0
+    assert num_pages > 0
+    assert cache_seqlens_B.shape == (num_requests,)
+    assert cu_seqlens_k_B1.shape == (num_requests + 1,)
     assert page_table_BP.stride(1) == req_to_token_RW.stride(1) == 1
     per_request = programs_per_request(num_requests, num_pages)
     _fill_metadata_kernel[(1 + num_requests * per_request,)](
@@ -144,13 +151,15 @@ def advance_decode(
     positions_B: Tensor,
     out_cache_loc_B: Tensor,
 ) -> None:
-    """Make room for one more token of every request: its position, its slot and the new length, in place, one launch.
+    """One more token for every request: its position, its slot and the new length, in place, in one launch.
 
-    ``positions = seq_lens; seq_lens += 1; out_cache_loc = req_to_token[row, positions]``. Row 0 is padding: length 1,
-    position 0, slot 0. A position past the table goes to slot 0, the sink: the host reserves slots ahead and raises there.
+    ``positions = seq_lens; seq_lens += 1; out_cache_loc = req_to_token[row, positions]``. Row 0 is padding:
+    length 1, position 0, slot 0. A position past the table goes to slot 0, the sink: the host reserves slots
+    ahead and raises there.
     """
     num_requests = seq_lens_B.shape[0]
-    assert req_to_token_RW.stride(1) == 1 and positions_B.shape == out_cache_loc_B.shape == (num_requests,)
+    assert req_to_token_RW.stride(1) == 1
+    assert positions_B.shape == out_cache_loc_B.shape == (num_requests,)
     _advance_decode_kernel[(triton.cdiv(num_requests, 128),)](
         req_to_token_RW, req_pool_indices_B, seq_lens_B, positions_B, out_cache_loc_B,
         num_requests, req_to_token_RW.shape[1], req_to_token_RW.stride(0), 128, num_warps=4,

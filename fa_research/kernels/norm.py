@@ -1,8 +1,8 @@
 """RMSNorm over the last dimension, alone or fused with the residual add.
 
-Shapes: T tokens, E width of a row. One pass: a row is read once, stays in registers in float32, and is written once.
-Idea: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the fusion with the residual add is what
-every serving engine does, because both are bound by memory.
+Shapes: T tokens, E width of a row. One pass: a row is read once, stays in registers, and is written once.
+Idea: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the fusion with the residual add is
+what every serving engine does, because both are bound by memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def _rms_norm_kernel(
     head = row % heads
     col = tl.arange(0, BLOCK)
     mask = (row < num_rows)[:, None] & (col < WIDTH)[None, :]
-    x = tl.load(x_ptr + (token * x_stride_t + head * x_stride_h)[:, None] + col[None, :], mask=mask, other=0.0)
+    x = tl.load(
+        x_ptr + (token * x_stride_t + head * x_stride_h)[:, None] + col[None, :], mask=mask, other=0.0
+    )
     weight = tl.load(weight_ptr + col, mask=col < WIDTH, other=0.0).to(tl.float32)  # in flight during the sum
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + eps)
@@ -75,12 +77,14 @@ def _add_rms_norm_kernel(
     total = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(total * total, axis=1) / WIDTH + eps)
     out = total * scale[:, None] * weight[None, :]
-    tl.store(out_ptr + (row * out_stride_t)[:, None] + col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + (row * out_stride_t)[:, None] + col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask
+    )
 
 
 @cache
 def launch_config(width: int) -> tuple[int, int, int]:
-    """(columns a program spans, rows it takes, warps): narrow rows are packed until a program has 2048 elements."""
+    """(columns a program spans, rows, warps): narrow rows are packed until a program has 2048 elements."""
     assert 0 < width <= MAX_WIDTH, width
     block = triton.next_power_of_2(width)
     rows = max(1, 2048 // block)
@@ -90,13 +94,17 @@ def launch_config(width: int) -> tuple[int, int, int]:
 def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in float32, rounded once.
 
-    ``x_TE`` is [T, E] or [T, heads, E] (QK norm); tokens and heads may be strided, the last dimension is contiguous.
-    ``out`` may be ``x_TE`` itself. Returns ``out``, or a new contiguous tensor of the dtype of ``x_TE``.
+    ``x_TE`` is [T, E] or [T, heads, E] (QK norm); tokens and heads may be strided, the last dimension is
+    contiguous. ``out`` may be ``x_TE`` itself. Returns ``out``, or a new contiguous tensor of the dtype of
+    ``x_TE``.
     """
-    assert x_TE.dim() in (2, 3) and x_TE.stride(-1) == 1 and weight_E.stride(0) == 1
+    assert x_TE.dim() in (2, 3)
+    assert x_TE.stride(-1) == 1
+    assert weight_E.stride(0) == 1
     if out is None:
         out = torch.empty(x_TE.shape, dtype=x_TE.dtype, device=x_TE.device)
-    assert out.shape == x_TE.shape and out.stride(-1) == 1
+    assert out.shape == x_TE.shape
+    assert out.stride(-1) == 1
     width = weight_E.shape[0]
     heads, x_stride_h, out_stride_h = 1, 0, 0
     if x_TE.dim() == 3:
@@ -111,11 +119,12 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, out: Tensor | None = No
 
 
 def add_rms_norm(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
-    """``residual += x`` in place, rounded to the dtype of the residual; returns ``rms_norm(residual)``, newly made.
+    """``residual += x`` in place, rounded to its dtype; returns ``rms_norm(residual)``, newly made.
 
     Both are [T, E] with a contiguous last dimension; the result has the dtype of ``x_TE``.
     """
-    assert x_TE.shape == residual_TE.shape and x_TE.stride(1) == residual_TE.stride(1) == 1
+    assert x_TE.shape == residual_TE.shape
+    assert x_TE.stride(1) == residual_TE.stride(1) == 1
     num_rows, width = x_TE.shape
     out = torch.empty((num_rows, width), dtype=x_TE.dtype, device=x_TE.device)
     block, rows, warps = launch_config(width)

@@ -1,12 +1,12 @@
 """The small operations of a forward pass, each in two forms: a Triton kernel, and plain torch.
 
-CUDA tensors of float16, bfloat16 and float32 (and the integer work on them) take the kernels; everything else, the CPU
-and float64 among it, takes torch. The choice is by the tensor alone, the results agree within rounding, and Triton is
-imported when the first kernel runs. Nothing here reads a device value on the host.
+CUDA tensors of float16, bfloat16 and float32 (and the integer work on them) take the kernels; everything
+else, the CPU and float64 among it, takes torch. The choice is by the tensor alone, the results agree within
+rounding, and Triton is imported when the first kernel runs. Nothing here reads a device value on the host.
 
-Shapes: T tokens, E hidden size, F intermediate size, H query heads, K KV heads, D head dim, V value head dim, N slots,
-X positions of the table, B requests, R rows and W columns of ``req_to_token``, P pages. Shape and dtype contracts are
-those of the kernels: norm.py, activation.py, rope_kv.py, fill_metadata.py.
+Shapes: T tokens, E hidden size, F intermediate size, H query heads, K KV heads, D head dim, V value head dim,
+N slots, X positions of the table, B requests, R rows and W columns of ``req_to_token``, P pages. Shape and
+dtype contracts are those of the kernels: norm.py, activation.py, rope_kv.py, fill_metadata.py.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def silu_mul(gate_up_T2F: Tensor, out: Tensor | None = None) -> Tensor:
     return result.to(gate_up_T2F.dtype) if out is None else out.copy_(result)
 
 
-def write_kv(k_TKD: Tensor, v_TKV: Tensor, k_cache_NKD: Tensor, v_cache_NKV: Tensor, out_cache_loc_T: Tensor) -> None:
+def write_kv(
+    k_TKD: Tensor, v_TKV: Tensor, k_cache_NKD: Tensor, v_cache_NKV: Tensor, out_cache_loc_T: Tensor
+) -> None:
     """K and V of every token to its slot, in the dtype of the caches."""
     if _use_kernel(k_TKD):
         _kernels().write_kv(k_TKD, v_TKV, k_cache_NKD, v_cache_NKV, out_cache_loc_T)
@@ -145,9 +147,13 @@ def advance_decode(
     positions_B: Tensor,
     out_cache_loc_B: Tensor,
 ) -> None:
-    """One more token for every request: positions, slots and lengths, in place; row 0 is padding and stays at length 1."""
+    """One more token for every request: positions, slots and lengths, in place; row 0 is padding and
+    stays at length 1.
+    """
     if seq_lens_B.is_cuda:
-        _kernels().advance_decode(req_to_token_RW, req_pool_indices_B, seq_lens_B, positions_B, out_cache_loc_B)
+        _kernels().advance_decode(
+            req_to_token_RW, req_pool_indices_B, seq_lens_B, positions_B, out_cache_loc_B
+        )
         return
     live_B = req_pool_indices_B != 0
     positions_B.copy_(torch.where(live_B, seq_lens_B, 0))
