@@ -16,7 +16,7 @@ class ConfigError(FaResearchError):
     """A configuration value, or a combination of values, that cannot work."""
 
 
-class _Refusal(FaResearchError):
+class Refusal(FaResearchError):
     """A backend said no.
 
     Attributes:
@@ -35,17 +35,18 @@ class _Refusal(FaResearchError):
         self.alternatives: tuple[str, ...] = tuple(alternatives)
 
     def __str__(self) -> str:
-        would_work = ", ".join(self.alternatives) if self.alternatives else "none"
-        return f"backend={self.name} {self.verb}: {'; '.join(self.reasons)}. Backends that would work here: {would_work}"
+        would_work = ", ".join(self.alternatives) or "none"
+        reasons = "; ".join(self.reasons)
+        return f"backend={self.name} {self.verb}: {reasons}. Backends that would work here: {would_work}"
 
 
-class BackendUnavailable(_Refusal):
+class BackendUnavailable(Refusal):
     """The backend is unknown, not installed, or this machine cannot run it."""
 
     verb = "is not available here"
 
 
-class Unsupported(_Refusal):
+class Unsupported(Refusal):
     """The backend runs here but not with this combination of shapes, masks, page size or dtype."""
 
     verb = "does not support this combination"

@@ -73,6 +73,8 @@ def _explain_omegaconf(error: OmegaConfBaseException) -> str:
         wanted = expected(schema, str(error.key)) or _list_item(full_key)
         if wanted:
             return f"{full_key}={_as_typed(error.value)}: expected {wanted}"
+    if "does not support deletion" in str(error):
+        return f"{full_key} cannot be removed, only set: {full_key}=..."
     reason = str(error.msg or error).splitlines()[0]
     return f"{full_key}: {reason}"
 
@@ -106,7 +108,7 @@ def _unknown_choice(error: MissingConfigException) -> str:
 
 def _did_you_mean(given: str, options: Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(given, list(options), n=1, cutoff=0.6)
-    return f", did you mean {prefix + '.' if prefix else ''}{close[0]}?" if close else ""
+    return f" (did you mean {prefix + '.' if prefix else ''}{close[0]}?)" if close else ""
 
 
 def _as_typed(value: Any) -> str:

@@ -38,13 +38,14 @@ def load_config(cfg: DictConfig) -> Config:
     return config
 
 
-def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Keys that the schema of their node does not have, with that schema."""
+def _unknown_keys(node: object, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Keys that the schema of their node does not have, with that schema; nothing for a node that is a leaf."""
+    if not isinstance(node, DictConfig):
+        return
     schema = OmegaConf.get_type(node)
     known = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
     for key in map(str, node):
         if known is not None and schema is not None and key not in known:
             yield prefix + key, schema
-        elif not (OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)):
-            if isinstance(node[key], DictConfig):
-                yield from _unknown_keys(node[key], f"{prefix}{key}.")
+        elif not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            yield from _unknown_keys(node[key], f"{prefix}{key}.")

@@ -41,6 +41,13 @@ def validate(config: Config) -> None:
         raise ConfigError("; ".join(problems))
 
 
+def study_problem(study: str) -> str | None:
+    """What is wrong with a study's name, which is also its folder's."""
+    if re.fullmatch(r"\w[\w.-]*", study):
+        return None
+    return f"study={study!r}: names a folder, so use letters, digits, dots, dashes and underscores"
+
+
 def _at_least(key: str, value: float | None, least: int) -> Iterator[str]:
     if value is not None and not value >= least:
         yield f"{key}={value}: must be at least {least}"
@@ -52,8 +59,8 @@ def _positive(key: str, value: float) -> Iterator[str]:
 
 
 def _root(config: Config) -> Iterator[str]:
-    if not re.fullmatch(r"\w[\w.-]*", config.study):
-        yield f"study={config.study!r}: names a folder, so use letters, digits, dots, dashes and underscores"
+    if problem := study_problem(config.study):
+        yield problem
     if not 0 <= config.seed < 2**63:
         yield f"seed={config.seed}: must be from 0 to 2**63 - 1"
     yield from _at_least("backend.num_splits", config.backend.num_splits, 0)

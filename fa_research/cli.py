@@ -1,0 +1,224 @@
+"""The command line around one cell: errors a user can read, a row for every cell of a sweep, a table at its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fa_research.config import config_hash, load_config, to_plain
+from fa_research.config.explain import explain
+from fa_research.config.store import GROUPS, choices, register
+from fa_research.config.validate import study_problem
+from fa_research.errors import FaResearchError, KVCacheFull, Refusal
+
+if TYPE_CHECKING:
+    from fa_research.tracking import Row
+
+log = logging.getLogger(__name__)
+
+FAILED = 1  # exit code of a run that ended with a wrong result, without memory, or with a bug
+USER_ERROR = 2  # exit code of a run that was asked for something impossible
+
+HELP = """\
+fa_research: change one part of an attention serving engine, check it against an exact oracle, time it.
+
+  python run.py                                                    the default: real text through a small model
+  python run.py backend=triton kv.page_size=16 workload=decode     other choices and values
+  python run.py -m backend=torch,triton kv.page_size=1,16          a sweep: one row a cell, a table at the end
+  python run.py experiment=first_ablation                          a preset of configs/experiment/
+
+Groups, as in group=choice; a group's keys are set as in kv.page_size=64:
+{groups}
+
+  --cfg job                         show the composed config, with what else is on the command line
+  -m, --multirun                    sweep over comma-separated values
+  --shell-completion install=bash   complete groups, choices and keys
+  --hydra-help                      what Hydra offers beyond this
+
+Results are in outputs/<study>/. Without an account W&B runs offline; without a GPU everything runs on the CPU.
+"""
+
+_wants_traceback = False
+
+
+def launch(main: Callable[[], Any]) -> None:
+    """Run a function that `hydra.main` made; errors of composition become one line and exit code 2."""
+    global _wants_traceback
+    if {"-h", "--help"} & set(
+        sys.argv[1:]
+    ):  # Hydra's own takes a second longer: it scans all groups, also its own
+        print(
+            HELP.format(groups="\n".join(f"  {group:<11} {', '.join(choices(group))}" for group in GROUPS)),
+            end="",
+        )
+        return
+    register()
+    _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; otherwise it prints its own text and exits
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if _wants_traceback:
+            raise
+        _exit_with(explain(error))
+    except KeyboardInterrupt:
+        print("interrupted; the rows made so far are on disk", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run_one(cfg: DictConfig) -> Row:
+    """One cell: check the config, run it, and see to it that a row says how it ended.
+
+    A user's mistake in a single run ends the process with one line and exit code 2; in a sweep it becomes a row.
+    """
+    hydra = HydraConfig.get()
+    output_dir, multirun = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
+    try:
+        config = load_config(cfg)
+        resolved = to_plain(cfg)
+        OmegaConf.save(OmegaConf.create(resolved), output_dir / "config.yaml")
+        from fa_research.runner import run_cell
+
+        row = run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun)
+    except FaResearchError as error:
+        row = _record_failure(cfg, output_dir, error)
+        if not multirun:
+            if _wants_traceback:
+                raise
+            _exit_with(str(error))
+    except Exception as error:
+        log.exception("the run failed")
+        row = _record_failure(cfg, output_dir, error)
+    if not multirun and (code := exit_code([row])):
+        raise SystemExit(code)
+    return row
+
+
+def exit_code(rows: Iterable[Row], sweep: bool = False) -> int:
+    """0 if the results stand. In a sweep a cell that cannot run is a result; a wrong or broken one never is."""
+    from fa_research.tracking import Status
+
+    statuses = {row.status for row in rows}
+    if statuses & {Status.error, Status.inaccurate}:
+        return FAILED
+    if sweep:
+        return 0
+    return FAILED if Status.oom in statuses else USER_ERROR if Status.unsupported in statuses else 0
+
+
+def _record_failure(cfg: DictConfig, output_dir: Path, error: Exception) -> Row:
+    """The row of a cell that raised, written unless the runner wrote one already."""
+    from fa_research.tracking import ROWS_FILE, Row, RowWriter, Status, environment, read_rows
+
+    status = Status.error
+    if isinstance(error, Refusal):
+        status = Status.unsupported
+    elif isinstance(error, KVCacheFull) or type(error).__name__ == "OutOfMemoryError":
+        status = Status.oom
+    path = output_dir / ROWS_FILE
+    if path.exists() and (written := read_rows(path)):
+        return written[-1]
+    row = Row(status=status, reasons=_reasons(error), environment=environment())
+    try:
+        row.config, row.config_hash = to_plain(cfg), config_hash(cfg)
+    except OmegaConfBaseException as unresolved:
+        row.notes.append(explain(unresolved))
+    try:
+        with RowWriter(path) as writer:
+            writer.write(row)
+    except OSError as unwritable:
+        log.error("cannot write %s: %s", path, unwritable)
+    return row
+
+
+def _reasons(error: Exception) -> list[str]:
+    if isinstance(error, Refusal):
+        return [str(error)] if not error.reasons else list(error.reasons)
+    if isinstance(error, FaResearchError):
+        return [str(error)]
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return [f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"]
+
+
+def _exit_with(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(USER_ERROR)
+
+
+class RunCallback(Callback):
+    """Refuses an unwritable output folder before anything runs; gathers and shows the rows of a sweep."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _check_folder(config, "hydra.run.dir")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _check_folder(config, "hydra.sweep.dir")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from fa_research.tracking import CONSOLE, print_table
+
+        sweep_dir = Path(config.hydra.sweep.dir)
+        rows = gather(sweep_dir)
+        print_table(rows)
+        CONSOLE.print(f"{len(rows)} rows in {sweep_dir}", soft_wrap=True)
+        if code := exit_code(rows, sweep=True):
+            raise SystemExit(code)
+
+
+def _check_folder(config: DictConfig, key: str) -> None:
+    """Ends the process unless files can be made in the folder that `key` names."""
+    try:
+        folder = Path(OmegaConf.select(config, key))
+        if problem := study_problem(config.study):  # before a folder of that name is made
+            _exit_with(problem)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OmegaConfBaseException as error:
+        _exit_with(explain(error))
+    except OSError as error:
+        _exit_with(
+            f"cannot write to {key}={folder}: {error.strerror}; give a writable folder, as in {key}=/tmp/run"
+        )
+
+
+def gather(sweep_dir: Path) -> list[Row]:
+    """The rows of all cells of a sweep in job order, written to its rows.jsonl too; a cell without a row is logged."""
+    from fa_research.tracking import ROWS_FILE, RowWriter, read_rows
+
+    rows: list[Row] = []
+    for job in _jobs(sweep_dir):
+        found = read_rows(job / ROWS_FILE) if (job / ROWS_FILE).exists() else []
+        if not found:
+            log.warning("%s has no row: its process ended before it could write one", job)
+        rows.extend(found)
+    target, new = sweep_dir / ROWS_FILE, sweep_dir / (ROWS_FILE + ".new")
+    new.unlink(missing_ok=True)
+    with RowWriter(new) as writer:
+        for row in rows:
+            writer.write(row)
+    new.replace(target)  # whole or not at all
+    return rows
+
+
+def _jobs(sweep_dir: Path) -> Iterator[Path]:
+    """The folders of a sweep's cells, by job number where they have one."""
+    folders = {path.parent for path in sweep_dir.rglob(".hydra")}
+    folders |= {path.parent for path in sweep_dir.rglob("rows.jsonl")} - {sweep_dir}
+    yield from sorted(
+        folders,
+        key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0, path),
+    )

@@ -1,0 +1,91 @@
+"""What a row says of the machine and the software: enough to explain a number, nothing that names a host or a user."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_PACKAGES = (
+    *("torch", "triton", "numpy", "hydra-core", "wandb", "transformers", "jax"),
+    *("flash-attn", "flash_attn_3", "flashinfer-python", "sgl-kernel", "vllm", "kernels"),
+)
+
+
+def environment() -> dict[str, Any]:
+    """GPU, driver, CPU, versions and commit as plain data; what is absent is left out or None.
+
+    GPU facts come from torch and are read only if torch is imported already.
+    """
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        **_git(),
+        **_gpu(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def cpu_model() -> str:
+    """The processor's name from /proc/cpuinfo, or what Python knows where there is none."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git() -> dict[str, Any]:
+    """The commit of this repository and whether tracked files differ from it; None where there is no git."""
+    commit = _run("git", "-C", str(_REPOSITORY), "rev-parse", "HEAD")
+    status = _run("git", "-C", str(_REPOSITORY), "status", "--porcelain", "--untracked-files=no")
+    return {"git_commit": commit, "git_dirty": None if status is None else bool(status)}
+
+
+def _gpu() -> dict[str, Any]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {"gpu": None}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "gpu_count": torch.cuda.device_count(),
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_sm_count": properties.multi_processor_count,
+        "gpu_compute_capability": f"{properties.major}.{properties.minor}",
+        "gpu_driver": _driver(),
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
+@cache
+def _driver() -> str | None:
+    versions = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return versions.splitlines()[0].strip() if versions else None
+
+
+def _run(*command: str) -> str | None:
+    """The output of a command, or None if it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

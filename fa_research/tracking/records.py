@@ -1,0 +1,161 @@
+"""One measured cell is one row, and one row is one line of strict JSON, on disk before the next cell starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+ROWS_FILE = "rows.jsonl"
+
+
+class Status(Enum):
+    """How a cell ended. Only `ok` and `suspect` rows may carry times."""
+
+    ok = "ok"
+    unsupported = "unsupported"  # the backend refused; `reasons` says why
+    oom = "oom"
+    inaccurate = "inaccurate"  # failed the oracle, so it was not timed
+    suspect = "suspect"  # timed, but not to be believed before a second look; `notes` says why
+    error = "error"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass
+class Row:
+    """One cell of an ablation.
+
+    Attributes:
+        config: the resolved config as plain data.
+        config_hash: eight hex digits, see `fa_research.config.config_hash`.
+        metrics: numbers with their units in their names, such as `decode_step_us` or `kv_pool_bytes`.
+        checks: what was compared with the oracle: errors, tolerances, verdicts.
+        notes: anything a reader of the row should know.
+        reasons: why the cell is not `ok`.
+        started, finished: ISO 8601, UTC.
+    """
+
+    status: Status
+    config: dict[str, Any] = field(default_factory=dict)
+    config_hash: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    started: str = field(default_factory=now)
+    finished: str = field(default_factory=now)
+
+    def to_json(self) -> str:
+        """One line of strict JSON; NaN and infinities become the strings "nan", "inf" and "-inf"."""
+        return json.dumps(_jsonable(dataclasses.asdict(self)), allow_nan=False, separators=(", ", ": "))
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """The row of one line; metrics that were not finite are floats again. Keys unknown here are dropped."""
+        data = json.loads(line)
+        names = {f.name for f in dataclasses.fields(cls)}
+        known = {key: value for key, value in data.items() if key in names}
+        known["status"] = Status(known["status"])
+        known["metrics"] = {key: _number(value) for key, value in known.get("metrics", {}).items()}
+        return cls(**known)
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain data: numpy and torch scalars as numbers, enums by value, paths and the rest as text."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, Enum):
+        return _jsonable(value.value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if hasattr(value, "tolist"):  # numpy and torch, without importing either
+        return _jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return str(value)
+
+
+class RowWriter:
+    """Appends rows to a file; each is on disk when `write` returns, so a killed run keeps what it had.
+
+    Raises:
+        OSError: the file cannot be created or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        is_new = not path.exists()
+        self._file = path.open("ab")
+        if is_new:
+            _fsync_folder(path.parent)
+        elif _lacks_newline(path):
+            self._file.write(b"\n")  # a torn line of a killed run must not swallow the next row
+
+    def write(self, row: Row) -> None:
+        # One write call for the whole line: what a kill leaves behind is at most one torn line, the last.
+        self._file.write(row.to_json().encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _lacks_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def _fsync_folder(folder: Path) -> None:
+    """A new file's name is on disk only once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file. A line that is no row (torn by a kill) is skipped with a warning that names it."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(Row.from_json(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"{path}:{number} is not a row and was skipped ({error})", stacklevel=2)
+    return rows

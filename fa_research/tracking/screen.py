@@ -1,0 +1,169 @@
+"""What the user sees: one console for log lines, progress and tables, so that they never tear each other.
+
+In a pipe or a file there are no carriage returns, no colours and no wrapped log lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from fa_research.tracking.records import Row, Status
+
+log = logging.getLogger(__name__)
+
+_PIPE_WIDTH = 160  # columns of a table that no terminal limits
+_STYLES = {Status.ok: "green", Status.unsupported: "dim", Status.suspect: "yellow"}
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(width=width, highlight=False)
+
+
+CONSOLE = _console()
+
+
+def log_handler() -> logging.Handler:
+    """The console's log handler, named in configs/hydra/job_logging."""
+    if CONSOLE.is_terminal:
+        return RichHandler(console=CONSOLE, show_path=False, rich_tracebacks=False, markup=False)
+    return logging.StreamHandler(sys.stdout)  # rich would wrap long lines
+
+
+@contextmanager
+def progress(description: str, total: int, enabled: bool = True) -> Iterator[Callable[..., None]]:
+    """Show progress of `total` steps; yields a function that advances it, by one step or by its argument.
+
+    A bar on a terminal; in a pipe a log line every ten seconds; nothing where `enabled` is false.
+    """
+    if not enabled or total <= 0:
+        yield _ignore
+    elif CONSOLE.is_terminal:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=CONSOLE,
+            transient=True,
+        ) as bar:
+            task = bar.add_task(description, total=total)
+            yield partial(bar.advance, task)
+    else:
+        yield _LoggedProgress(description, total)
+
+
+def _ignore(steps: float = 1) -> None:
+    pass
+
+
+class _LoggedProgress:
+    """Progress as log lines, at most one every `seconds`."""
+
+    def __init__(self, description: str, total: int, seconds: float = 10.0) -> None:
+        self.description, self.total, self.seconds = description, total, seconds
+        self.done, self.last = 0, time.monotonic()
+
+    def __call__(self, steps: int = 1) -> None:
+        self.done += steps
+        if time.monotonic() - self.last >= self.seconds:
+            self.last = time.monotonic()
+            log.info("%s: %d of %d", self.description, self.done, self.total)
+
+
+def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_metrics: int = 6) -> None:
+    """Print one row as a list of its metrics, several as a table of what varies between their configs.
+
+    Args:
+        metrics: names of the columns; None takes the first `max_metrics` that rows have, in their own order.
+    """
+    if not rows:
+        CONSOLE.print("no rows")
+    elif len(rows) == 1:
+        _print_one(rows[0])
+    else:
+        CONSOLE.print(_table(rows, metrics or _metric_names(rows)[:max_metrics]))
+        for number, row in enumerate(rows):
+            for line in [*row.reasons, *row.notes]:
+                CONSOLE.print(Text(f"#{number} {row.status}: {line}"))
+
+
+def _print_one(row: Row) -> None:
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("status", Text(str(row.status), style=_STYLES.get(row.status, "red")))
+    for name, value in [*row.metrics.items(), *_flat({"check": row.checks}).items()]:
+        table.add_row(name, Text(format_value(value)))
+    for kind, lines in (("reason", row.reasons), ("note", row.notes)):
+        for line in lines:
+            table.add_row(kind, Text(line))
+    CONSOLE.print(table)
+
+
+def _table(rows: Sequence[Row], metrics: Sequence[str]) -> Table:
+    configs = [_flat(row.config) for row in rows]
+    varying = varying_keys([row.config for row in rows])
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("#", *varying, "status"):
+        table.add_column(name, overflow="fold")
+    for name in metrics:
+        table.add_column(name, justify="right", overflow="fold")
+    for number, (row, config) in enumerate(zip(rows, configs, strict=True)):
+        table.add_row(
+            str(number),
+            *(Text(format_value(config.get(key, ""))) for key in varying),
+            Text(str(row.status), style=_STYLES.get(row.status, "red")),
+            *(Text(format_value(row.metrics.get(name, ""))) for name in metrics),
+        )
+    return table
+
+
+def _metric_names(rows: Sequence[Row]) -> list[str]:
+    """Every metric's name, in the order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+
+
+def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Dotted keys whose values differ between configs; a key that some configs lack varies too."""
+    flat = [_flat(config) for config in configs]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    absent = object()
+    return [
+        key for key in keys if any(config.get(key, absent) != flat[0].get(key, absent) for config in flat)
+    ]
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def format_value(value: Any) -> str:
+    """Numbers with four significant digits and thousands separators, everything else as it is."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return "-" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return str(value)
