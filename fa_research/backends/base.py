@@ -112,7 +112,7 @@ class AttentionBackend(ABC):
             batch.batch_size, batch.max_seq_len_k, page_size, req_to_token_RW.device
         )
         fill_metadata(metadata, batch, req_to_token_RW, page_size)
-        return self._set(metadata, batch, plan=True)
+        return self._set(metadata, batch)
 
     def init_cuda_graph_state(self, max_batch_size: int, max_seq_len_k: int) -> None:
         """Allocate the static metadata that every captured batch size shares."""
@@ -127,15 +127,12 @@ class AttentionBackend(ABC):
         assert self._static is not None, "init_cuda_graph_state comes first"
         metadata = self._static.head(batch.batch_size)
         fill_metadata(metadata, batch, req_to_token_RW, self.settings.page_size)
-        return self._set(metadata, batch, plan=not self.capabilities.host_planning)
+        return self._set(metadata, batch)
 
     def init_forward_metadata_replay_cuda_graph(self, batch: ForwardBatch, req_to_token_RW: Tensor) -> None:
-        """Before a replay: nothing, unless the backend plans on the host."""
-        if self.capabilities.host_planning:
-            assert self._static is not None
-            metadata = self._static.head(batch.batch_size)
-            fill_metadata(metadata, batch, req_to_token_RW, self.settings.page_size)
-            self._set(metadata, batch, plan=True)
+        """Before a replay of a backend with `capabilities.host_planning`: the same, outside the graph, with the host's
+        lengths in `batch.seq_lens_cpu`. Other backends have all of it in the graph."""
+        self.init_forward_metadata_capture_cuda_graph(batch, req_to_token_RW)
 
     def forward(
         self,
@@ -162,13 +159,10 @@ class AttentionBackend(ABC):
         """Attention of a DECODE pass; arguments and result are those of `attend`."""
         return self.attend(*args, **kwargs)
 
-    def _set(self, metadata: FlashAttentionMetadata, batch: ForwardBatch, *, plan: bool) -> FlashAttentionMetadata:
+    def _set(self, metadata: FlashAttentionMetadata, batch: ForwardBatch) -> FlashAttentionMetadata:
         self.forward_metadata = metadata
         chunks = {lowering.chunk for lowering in self.lowerings if lowering.chunk}
         self._chunked = {chunk: chunk_metadata(metadata, batch, chunk) for chunk in chunks}
-        if plan:
-            for lowering in dict.fromkeys(self.lowerings):
-                self.plan(self._chunked[lowering.chunk] if lowering.chunk else metadata, lowering)
+        for lowering in dict.fromkeys(self.lowerings):
+            self.plan(self._chunked[lowering.chunk] if lowering.chunk else metadata, lowering)
         return metadata
-
-

@@ -36,6 +36,10 @@ class PagedAllocator:
     def pages_used(self) -> int:
         return self.num_pages - len(self._free)
 
+    def free_pages(self) -> tuple[int, ...]:
+        """The free list, next page last."""
+        return tuple(self._free)
+
     def references(self, page: int) -> int:
         """How many requests hold this page."""
         return self._references[page]

@@ -5,6 +5,8 @@ Legend: L layers, N slots, P pages, S slots in a page, K KV heads, D head dim, V
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,7 +95,8 @@ class TokenToKVPool:
             self.k(layer_id).normal_(generator=generator)
             self.v(layer_id).normal_(generator=generator)
 
-    def poison(self) -> None:
-        """NaN everywhere, so that a read of a slot that nothing wrote shows in the result."""
-        self.k_LNKD.fill_(float("nan"))
-        self.v_LNKV.fill_(float("nan"))
+    def poison(self, pages: Sequence[int] | None = None) -> None:
+        """NaN in these pages (None: everywhere), so that a read of a slot that nothing wrote shows in the result."""
+        for buffer in (self.k_LNKD, self.v_LNKV):
+            paged = buffer.unflatten(1, (-1, self.page_size))
+            paged[:, slice(None) if pages is None else list(pages)] = float("nan")

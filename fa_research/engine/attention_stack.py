@@ -1,0 +1,48 @@
+"""The attention path of a model alone: the same engine without matrix products, norms or a head.
+
+Legend: T query tokens, H query heads, K KV heads, D head dim, V value head dim, E = H * V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fa_research.attention.layer import Attend
+from fa_research.spec import AttentionSpec
+
+
+class AttentionStack:
+    """Stands where a model stands (`workload.level=attention`). Queries, keys and values are standard-normal, drawn once
+    from `seed`; `outputs[layer_id]` keeps each layer's last output [T, H, V] for the check."""
+
+    def __init__(
+        self, specs: Sequence[AttentionSpec], *, max_tokens: int, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
+        self.attention_specs = tuple(specs)
+        first = specs[0]
+        generator = torch.Generator(device=device).manual_seed(seed)
+
+        def normal(heads: int, dim: int) -> Tensor:
+            return torch.randn(max_tokens, heads, dim, dtype=dtype, device=device, generator=generator)
+
+        self.q_THD = normal(first.num_heads, first.head_dim)
+        self.k_TKD = normal(first.num_kv_heads, first.head_dim)
+        self.v_TKV = normal(first.num_kv_heads, first.v_head_dim)
+        sinks = torch.randn(first.num_heads, dtype=dtype, device=device, generator=generator)
+        self.sinks_H = sinks if first.has_sink else None
+        self.outputs: list[Tensor] = [self.q_THD] * len(specs)
+
+    def __call__(self, input_ids_T: Tensor, attend: Attend) -> Tensor:
+        """The last layer's output [T, E]. The ids say how many tokens there are, no more."""
+        num_tokens = input_ids_T.shape[0]
+        q, k, v = (tensor[:num_tokens] for tensor in (self.q_THD, self.k_TKD, self.v_TKV))
+        for layer_id in range(len(self.attention_specs)):
+            self.outputs[layer_id] = attend(layer_id, q, k, v, rope=None, sinks_H=self.sinks_H)
+        return self.outputs[-1].flatten(1)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor | None:
+        """There is no head."""
+        return None

@@ -1,0 +1,69 @@
+"""CUDA graphs of whole decode steps, one for each batch size, largest first in one shared memory pool (as SGLang and
+nano-vllm capture them)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fa_research.config import CudaGraphConfig, GraphMode
+from fa_research.errors import ConfigError
+from fa_research.spec import Capabilities, GraphSupport
+
+Step = Callable[[int], Tensor | None]
+
+
+class GraphSet:
+    """Captures `step(batch_size)` for each size. The static buffers must hold padding only while this runs, so that the
+    warm-up's writes go to the sink page. `step`'s result is a tensor in the graphs' pool, overwritten by each replay."""
+
+    _WARMUPS = 2  # compiles kernels and lets libraries allocate their workspaces outside the capture
+
+    def __init__(self, step: Step, batch_sizes: Sequence[int]) -> None:
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._outputs: dict[int, Tensor | None] = {}
+        pool = torch.cuda.graph_pool_handle()
+        with torch.inference_mode():
+            for batch_size in sorted(batch_sizes, reverse=True):
+                self._capture(step, batch_size, pool)
+
+    def _capture(self, step: Step, batch_size: int, pool: tuple[int, int]) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self._WARMUPS):
+                step(batch_size)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            output = step(batch_size)
+        self._graphs[batch_size], self._outputs[batch_size] = graph, output
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return sorted(self._graphs)
+
+    def replay(self, batch_size: int) -> Tensor | None:
+        """Launch the graph of exactly this size on the current stream; its output, overwritten by the next replay."""
+        self._graphs[batch_size].replay()
+        return self._outputs[batch_size]
+
+
+def resolve_graph_mode(config: CudaGraphConfig, device: torch.device, can: Capabilities, backend: str) -> GraphMode:
+    """What `cuda_graph.mode` comes to on this device with this backend. `auto` captures where it can; an explicit `on`
+    that cannot be raises ConfigError."""
+    mode = config.mode
+    capturable = can.cuda_graph is not GraphSupport.NEVER
+    if mode is GraphMode.auto:
+        if device.type != "cuda":
+            return GraphMode.simulate
+        return GraphMode.on if capturable else GraphMode.off
+    if mode is GraphMode.on and device.type != "cuda":
+        raise ConfigError(
+            f"cuda_graph.mode=on needs a CUDA device, this run is on {device.type}; use cuda_graph.mode=simulate or off"
+        )
+    if mode is GraphMode.on and not capturable:
+        raise ConfigError(f"cuda_graph.mode=on: backend={backend} cannot be captured; use cuda_graph.mode=off or simulate")
+    return mode

@@ -1,0 +1,82 @@
+"""A model over a paged cache: extend passes. Decode steps are in `decode.py`.
+
+Legend: T query tokens, B requests, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fa_research.attention.layer import Attend, PagedAttention
+from fa_research.backends import AttentionBackend
+from fa_research.batch import ForwardBatch, extend_batch
+from fa_research.kv_cache import CachedRequest, PagedKVCache
+
+
+class EngineModel(Protocol):
+    """What the engine needs of a model."""
+
+    def __call__(self, input_ids_T: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [T, E]."""
+        ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor | None:
+        """Logits [*, vocabulary], or None where there is no head (the attention path alone)."""
+        ...
+
+
+@dataclass(slots=True)
+class ModelRunner:
+    """Model, backend and cache of one device."""
+
+    model: EngineModel
+    backend: AttentionBackend
+    cache: PagedKVCache
+
+    @property
+    def req_to_token_RW(self) -> Tensor:
+        return self.cache.req_to_token.req_to_token
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Hidden states [T, E] of a batch whose metadata the backend has built."""
+        attend = PagedAttention(self.backend, self.cache.kv, batch, self.backend.lowerings)
+        return self.model(batch.input_ids_T, attend)
+
+    def prepare_extend(
+        self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int] | Tensor]
+    ) -> ForwardBatch:
+        """Reserve slots for the new tokens and make their batch. Raises KVCacheFull, changing nothing."""
+        prefix_lens = [request.seq_len for request in requests]
+        self.cache.extend(requests, [len(tokens) for tokens in new_tokens])
+        return extend_batch(self.req_to_token_RW, [r.row for r in requests], prefix_lens, new_tokens)
+
+    @torch.inference_mode()
+    def extend_pass(self, batch: ForwardBatch) -> Tensor | None:
+        """One EXTEND or MIXED pass: metadata, model, logits [B, vocabulary] of each request's last token."""
+        metadata = self.backend.init_forward_metadata(batch, self.req_to_token_RW)
+        hidden_TE = self.forward(batch)
+        last_B = metadata.cu_seqlens_q_B1[1:].long() - 1
+        return self.model.compute_logits(hidden_TE[last_B])
+
+    def extend(self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int] | Tensor]) -> Tensor | None:
+        """Extend each request by its new tokens; logits [B, vocabulary] of the last ones."""
+        return self.extend_pass(self.prepare_extend(requests, new_tokens))
+
+    def extend_in_chunks(
+        self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int]], chunk_size: int
+    ) -> Tensor:
+        """Chunked prefill: passes of at most `chunk_size` tokens of each request, while any has tokens left. Logits
+        [B, vocabulary] of every request's last token."""
+        last: dict[int, Tensor] = {}
+        for start in range(0, max(map(len, new_tokens)), chunk_size):
+            active = [i for i, tokens in enumerate(new_tokens) if len(tokens) > start]
+            pieces = [new_tokens[i][start : start + chunk_size] for i in active]
+            logits = self.extend([requests[i] for i in active], pieces)
+            assert logits is not None, "chunked prefill needs a model with a head"
+            last |= dict(zip(active, logits, strict=True))
+        return torch.stack([last[i] for i in range(len(requests))])

@@ -1,0 +1,1 @@
+"""Correct first, then timed: the oracle, device timing, bytes and operations."""

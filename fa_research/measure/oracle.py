@@ -1,0 +1,158 @@
+"""The oracle at work: a model's logits, or the attention path's outputs, computed again in float64 with the masks' own
+predicates. The float64 copy of the weights exists one layer at a time, so an 8B model fits beside itself.
+
+Legend: T new tokens of one request, N slots, H query heads, K KV heads, D head dim, V value head dim, M positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fa_research.attention.reference import attention
+from fa_research.engine.engine import Engine
+from fa_research.kernels import ops
+from fa_research.kv_cache import TokenToKVPool
+from fa_research.measure.numerics import Verdict, judge
+from fa_research.spec import AttentionSpec
+from fa_research.workloads.base import Case, Pass, pick
+
+_MAX_QUERIES = 256  # rows of one request that the check of a long extend pass compares
+
+
+class OracleAttention:
+    """`Attend` for one request, computed in `dtype`: its first `prefix_len` keys come from the cache, the rest are the new
+    tokens' own. Nothing is written."""
+
+    def __init__(
+        self, specs: Sequence[AttentionSpec], kv: TokenToKVPool, slots_N: Tensor, num_tokens: int, dtype: torch.dtype
+    ) -> None:
+        self._specs, self._kv, self._slots_N, self._dtype = specs, kv, slots_N, dtype
+        prefix_len = slots_N.shape[0]
+        self._positions_T = torch.arange(prefix_len, prefix_len + num_tokens, device=slots_N.device)
+
+    def __call__(
+        self,
+        layer_id: int,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKV: Tensor,
+        *,
+        rope: Tensor | None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        if rope is not None:
+            rotated, values = torch.empty_like(k_TKD), torch.empty_like(v_TKV)
+            own = torch.arange(k_TKD.shape[0], device=k_TKD.device)
+            ops.rope_write_kv(q_THD, k_TKD, v_TKV, rope, self._positions_T, rotated, values, own)
+            k_TKD = rotated
+        k = torch.cat([self._kv.k(layer_id)[self._slots_N].to(k_TKD.dtype), k_TKD])
+        v = torch.cat([self._kv.v(layer_id)[self._slots_N].to(v_TKV.dtype), v_TKV])
+        spec = self._specs[layer_id]
+        out, _ = attention(q_THD, k, v, self._positions_T, spec, sinks_H=sinks_H, compute_dtype=self._dtype)
+        return out.to(q_THD.dtype)
+
+
+@contextmanager
+def float64_weights(model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
+    """Within, `model` computes in float64: a layer's weights are converted when it is called and dropped after, those
+    outside the layers at once. The weights themselves, and the graphs that hold their addresses, are untouched."""
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+
+    def raise_precision(module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+        saved = [(p, p.data) for p in module.parameters() if p.dtype != torch.float64]
+        for parameter, data in saved:
+            parameter.data = data.double()
+        return saved
+
+    def restore(saved: list[tuple[nn.Parameter, Tensor]]) -> None:
+        while saved:
+            parameter, data = saved.pop()
+            parameter.data = data
+
+    inside = {id(p) for p in layers.parameters()}
+    outside = [(p, p.data) for p in model.parameters() if id(p) not in inside]
+    handles = []
+    for layer in layers:
+        handles.append(layer.register_forward_pre_hook(lambda m, _: kept.extend(raise_precision(m))))
+        handles.append(layer.register_forward_hook(lambda *_: restore(kept)))
+    for parameter, data in outside:
+        parameter.data = data.double()
+    try:
+        yield
+    finally:
+        restore(kept)
+        restore(outside)
+        for handle in handles:
+            handle.remove()
+
+
+def case_logits(engine: Engine, case: Case, dtype: torch.dtype) -> Tensor:
+    """Logits [M, X] of the case, with attention computed in `dtype` over the cache as it is, and the model's weights in
+    whatever precision they are now."""
+    table, device = engine.runner.req_to_token_RW, engine.device
+    slots_N = table[case.row, : case.prefix_len].long()
+    tokens_T = case.tokens_T.to(device)
+    attend = OracleAttention(engine.specs, engine.cache.kv, slots_N, len(tokens_T), dtype)
+    hidden = engine.runner.model(tokens_T, attend)
+    logits = engine.runner.model.compute_logits(hidden[case.at_M.to(device)])
+    assert logits is not None
+    return logits
+
+
+@torch.no_grad()
+def check_model(engine: Engine, cases: Sequence[Case]) -> Verdict:
+    """Logits of the cases against float64, with the same model in its own precision as the baseline."""
+    model = engine.runner.model
+    assert isinstance(model, nn.Module)
+    baselines = [case_logits(engine, case, engine.dtype) for case in cases]
+    layers = model.layers
+    assert isinstance(layers, nn.ModuleList)
+    with float64_weights(model, layers):
+        references = [case_logits(engine, case, torch.float64) for case in cases]
+    return judge(zip([case.logits_MX for case in cases], baselines, references, strict=True))
+
+
+@torch.no_grad()
+def check_attention(engine: Engine, done: Pass, max_requests: int) -> Verdict:
+    """Every layer's attention output of the last pass against float64, for some requests and rows."""
+    stack, kv = engine.stack, engine.cache.kv
+    assert stack is not None
+
+    def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for i in pick(len(done.rows), max_requests):
+            seq_len, extend_len = done.seq_lens[i], done.extend_lens[i]
+            slots_N = engine.runner.req_to_token_RW[done.rows[i], :seq_len].long()
+            rows = torch.tensor(pick(extend_len, _MAX_QUERIES), device=engine.device)
+            positions, rows = rows + seq_len - extend_len, rows + done.first_query[i]
+            for layer_id, spec in enumerate(engine.specs):
+                q, k, v = stack.q_THD[rows], kv.k(layer_id)[slots_N], kv.v(layer_id)[slots_N]
+                baseline, reference = (
+                    attention(q, k, v, positions, spec, sinks_H=stack.sinks_H, compute_dtype=dtype)[0]
+                    for dtype in (engine.dtype, torch.float64)
+                )
+                yield stack.outputs[layer_id][rows], baseline, reference
+
+    return judge(triples())
+
+
+@torch.inference_mode()
+def check_reprefill(engine: Engine, cases: Sequence[Case]) -> dict[str, float]:
+    """The same tokens once more, in one extend pass of the same backend: what incremental decoding must equal. Largest
+    difference of the logits, and the share of positions where both choose the same token."""
+    largest, agree, total = 0.0, 0, 0
+    for case in cases:
+        request = engine.cache.open()
+        batch = engine.runner.prepare_extend([request], [case.tokens_T])
+        engine.backend.init_forward_metadata(batch, engine.runner.req_to_token_RW)
+        hidden = engine.runner.forward(batch)
+        logits = engine.runner.model.compute_logits(hidden[case.at_M.to(engine.device)])
+        engine.cache.close(request)
+        assert logits is not None
+        largest = max(largest, (logits.double() - case.logits_MX.double()).abs().max().item())
+        agree += int((logits.argmax(-1) == case.logits_MX.argmax(-1)).sum())
+        total += len(case.at_M)
+    return {"reprefill_max_difference": largest, "reprefill_top1_agreement": agree / total}

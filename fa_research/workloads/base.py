@@ -1,0 +1,130 @@
+"""What a workload is: from a config to requests in the cache, and one unit of work to check and to time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fa_research.batch import ForwardBatch
+from fa_research.config import Config
+from fa_research.engine.engine import Engine, Needs
+from fa_research.kv_cache import CachedRequest
+
+# Legend: T tokens, B requests, X vocabulary, M positions that have logits.
+
+
+@dataclass(slots=True)
+class Case:
+    """One request's result, for the oracle to repeat: `tokens_T` follow the first `prefix_len` tokens of row `row` in the
+    cache, and `logits_MX` were produced at the positions `at_M` (indices into the new tokens)."""
+
+    row: int
+    prefix_len: int
+    tokens_T: Tensor
+    at_M: Tensor
+    logits_MX: Tensor
+
+
+@dataclass(slots=True)
+class Pass:
+    """One forward pass as the host sees it; `extend_lens` are 1 for decode. `first_query` is where each request's queries
+    start in the ragged batch."""
+
+    rows: list[int]
+    seq_lens: list[int]
+    extend_lens: list[int]
+
+    @property
+    def first_query(self) -> list[int]:
+        starts, total = [], 0
+        for extend_len in self.extend_lens:
+            starts.append(total)
+            total += extend_len
+        return starts
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Something to time. `run` launches it and waits for nothing; `tokens` are the new tokens it handles, `samples` how
+    many times it is to be timed. `host_time`: time the host's share too (what launching it costs)."""
+
+    name: str
+    run: Callable[[], object]
+    tokens: int
+    samples: int
+    host_time: bool = False
+
+
+class Workload(ABC):
+    """One workload over one engine. The order of calls: `needs`, `prepare`, `checked_pass` (unless `measure.check=false`),
+    then the `units` as often as they are timed."""
+
+    name: ClassVar[str]
+    reprefill: ClassVar[bool] = False  # its cases can be repeated by one extend pass without a prefix
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.options: Any = config.workload
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """Requests, lengths and tokens, before anything is built."""
+
+    @abstractmethod
+    def prepare(self, engine: Engine) -> None:
+        """Requests in the cache, ready for the first unit."""
+
+    @abstractmethod
+    def checked_pass(self) -> tuple[Pass, list[Case]]:
+        """Work whose result is kept for the oracle (no cases at `workload.level=attention`)."""
+
+    @abstractmethod
+    def units(self) -> list[Unit]:
+        """What to time, in this order."""
+
+    @abstractmethod
+    def current_pass(self) -> Pass:
+        """The last unit as the host sees it, for bytes and operations."""
+
+    @abstractmethod
+    def batch(self) -> ForwardBatch:
+        """The last unit as the backend sees it, to time the parts of its attention path one by one."""
+
+    @property
+    def steps_to_time(self) -> int:
+        """Decode steps that a cell may run when it times `samples` of them: check, warm-up, device and host time."""
+        return 2 + 2 * self.config.measure.warmup + 2 * int(self.options.steps)
+
+
+def random_tokens(count: int, vocab_size: int, generator: torch.Generator) -> Tensor:
+    """Uniform token ids on the CPU, int64 [count]."""
+    return torch.randint(vocab_size, (count,), generator=generator)
+
+
+def open_with_context(engine: Engine, context_lens: Sequence[int]) -> list[CachedRequest]:
+    """New requests that own that many tokens of whatever the pool holds."""
+    requests = [engine.cache.open() for _ in context_lens]
+    engine.cache.extend(requests, context_lens)
+    return requests
+
+
+def pick(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` of `count` indices, evenly spread, first and last among them."""
+    if wanted >= count:
+        return list(range(count))
+    if wanted == 1:
+        return [count - 1]
+    return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
+
+
+def fill_context(engine: Engine, seed: int) -> None:
+    """Random keys and values in every slot; with `debug.poison`, NaN in the sink page and in every free page. Call it
+    when the requests own their pages."""
+    engine.cache.kv.fill_random(seed)
+    if engine.config.debug.poison:
+        engine.cache.kv.poison([0, *engine.cache.allocator.free_pages()])
