@@ -1,0 +1,33 @@
+"""Fixtures and rules of every test: no accounts, no network, GPU tests skip with a reason where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Triton decides at its own import whether it interprets, and a test may import it (transformers does) before the
+# package's kernels do. Devices are looked up by file, as asking torch would cost every test run four seconds.
+if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test machine may have a W&B key; no test may use it, nor a developer's W&B settings."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/dev/null")
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
