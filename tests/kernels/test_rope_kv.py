@@ -38,6 +38,11 @@ def assert_only_slots_written(pool_NKD: Tensor, loc_T: Tensor) -> None:
     written = torch.zeros(pool_NKD.shape[0], dtype=torch.bool, device=pool_NKD.device)
     written[loc_T] = True
     assert bool(pool_NKD[~written].isnan().all()), "a slot that no token owns was written"
+    _, heads, dim = pool_NKD.shape
+    around = pool_NKD._base
+    assert around is not None
+    assert bool(around[:, heads:].isnan().all())
+    assert bool(around[..., dim:].isnan().all()), "written past the end of a head"
     assert not bool(pool_NKD[written].isnan().any())
 
 
