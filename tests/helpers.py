@@ -1,0 +1,252 @@
+"""What the tests share: a used cache full of NaN, batches as the engine makes them, and the tolerance.
+
+Legend: T query tokens, B requests, H query heads, K KV heads, D head dim, V value head dim, N slots, R rows, W slots.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from fa_research.attention.layer import PagedAttention
+from fa_research.attention.reference import attention
+from fa_research.backends import AttentionBackend, BackendSettings
+from fa_research.batch import ForwardBatch, ForwardMode, extend_batch
+from fa_research.kernels import ops
+from fa_research.kv_cache import CachedRequest, PagedAllocator, PagedKVCache, ReqToTokenPool, TokenToKVPool
+from fa_research.masks import Causal, Mask
+from fa_research.spec import AttentionSpec
+
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+DEVICES = (pytest.param("cpu"), pytest.param("cuda", marks=GPU))
+
+
+def make_spec(
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 64,
+    mask: Mask | None = None,
+    softcap: float = 0.0,
+    has_sink: bool = False,
+) -> AttentionSpec:
+    """A spec for `heads` = (query, KV); its scale is not the usual 1 / sqrt(D), so that a kernel that assumes it fails."""
+    scale = 1.4 * head_dim**-0.5
+    return AttentionSpec(*heads, head_dim, head_dim, scale, softcap, mask or Causal(), has_sink=has_sink)
+
+
+def make_cache(
+    num_pages: int,
+    page_size: int,
+    *,
+    max_requests: int = 8,
+    max_context_len: int = 64,
+    num_layers: int = 1,
+    kv_heads: int = 1,
+    head_dim: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    check_invariants: bool = True,
+) -> PagedKVCache:
+    """The three pools as one cache. Invariants are checked after every operation."""
+    table = ReqToTokenPool(max_requests, max_context_len, page_size=page_size, device=device)
+    shape = {"num_kv_heads": kv_heads, "head_dim": head_dim, "v_head_dim": head_dim}
+    kv = TokenToKVPool(num_pages, page_size, num_layers=num_layers, **shape, dtype=dtype, device=device)
+    return PagedKVCache(table, PagedAllocator(num_pages, page_size), kv, check_invariants=check_invariants)
+
+
+def age(cache: PagedKVCache, seed: int) -> None:
+    """Leave rows, pages and stale table entries as service leaves them: opened, grown in turns, closed in any order."""
+    rng = random.Random(seed)
+    cache.allocator.churn(seed)
+    requests = [cache.open() for _ in range(min(cache.req_to_token.rows_free, cache.allocator.pages_free))]
+    cache.extend(requests, [1] * len(requests))
+    longest = max(1, min(cache.req_to_token.max_context_len, cache.allocator.pages_free * cache.page_size))
+    cache.extend(requests[:1], [longest - 1])
+    for request in rng.sample(requests, len(requests)):
+        cache.close(request)
+    cache.allocator.churn(seed + 1)
+
+
+def slots_of(cache: PagedKVCache, request: CachedRequest, seq_len: int | None = None) -> list[int]:
+    """The slots of a request's tokens, from its pages and not from the table."""
+    seq_len = request.seq_len if seq_len is None else seq_len
+    size = cache.page_size
+    return [request.pages[j // size] * size + j % size for j in range(seq_len)]
+
+
+def table_row(cache: PagedKVCache, request: CachedRequest) -> list[int]:
+    """The slots of a request's tokens, from the table on the device."""
+    row: list[int] = cache.req_to_token.req_to_token[request.row, : request.seq_len].tolist()
+    return row
+
+
+def decode_batch(req_to_token_RW: Tensor, rows: Sequence[int], seq_lens: Sequence[int], bound: int) -> ForwardBatch:
+    """The step after `seq_lens` tokens, as a captured step makes it: the device advances, and the host knows only that
+    no length passes `bound`. Row 0 is padding."""
+    device = req_to_token_RW.device
+    rows_B = torch.tensor(rows, dtype=torch.int32, device=device)
+    seq_lens_B = torch.tensor(seq_lens, dtype=torch.int32, device=device)
+    positions_B, loc_B = (torch.full((len(rows),), -1, dtype=torch.int64, device=device) for _ in range(2))
+    ops.advance_decode(req_to_token_RW, rows_B, seq_lens_B, positions_B, loc_B)
+    return ForwardBatch(
+        mode=ForwardMode.DECODE,
+        input_ids_T=torch.zeros_like(positions_B),
+        positions_T=positions_B,
+        req_pool_indices_B=rows_B,
+        seq_lens_B=seq_lens_B,
+        out_cache_loc_T=loc_B,
+        max_seq_len_q=1,
+        max_seq_len_k=bound,
+    )
+
+
+def tokens(lens: Sequence[int]) -> list[list[int]]:
+    return [[1] * n for n in lens]
+
+
+@dataclass
+class Scene:
+    """Requests in a used, poisoned cache with dense copies of their data: what a test runs and checks against.
+
+    lens: (prefix, new) tokens per request. q, k and v are per request: q [new, H, D], k and v [prefix + new, K, D].
+    poison: "all" fills every slot with NaN; "foreign" leaves large finite numbers in the batch's own pages, for kernels
+    that may multiply what lies past a request's end by an exact zero (the pool promises finite memory there).
+    """
+
+    spec: AttentionSpec
+    lens: tuple[tuple[int, int], ...]
+    page_size: int
+    dtype: torch.dtype
+    device: str = "cpu"
+    decode: bool = False
+    poison: str = "all"
+    seed: int = 0
+    cache: PagedKVCache = field(init=False)
+    requests: list[CachedRequest] = field(init=False)
+    sinks: Tensor | None = field(init=False, default=None)
+    layer_id: int = 1  # of two, so that a forgotten layer offset shows
+
+    def __post_init__(self) -> None:
+        spec, totals = self.spec, [prefix + new for prefix, new in self.lens]
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
+
+        self.q = [normal(new, spec.num_heads, spec.head_dim) for _, new in self.lens]
+        self.k = [normal(total, spec.num_kv_heads, spec.head_dim) for total in totals]
+        self.v = [normal(total, spec.num_kv_heads, spec.v_head_dim) for total in totals]
+        if spec.has_sink:
+            self.sinks = torch.randn(spec.num_heads, generator=generator).to(self.device) + 1.0
+        self._fill_cache(totals)
+
+    def _fill_cache(self, totals: list[int]) -> None:
+        spec, pages = self.spec, sum(-(-total // self.page_size) for total in self.totals)
+        self.cache = make_cache(
+            pages + 5, self.page_size, max_requests=len(totals) + 3, max_context_len=max(totals) + 7, num_layers=2,
+            kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype=self.dtype, device=self.device,
+        )  # fmt: skip
+        age(self.cache, self.seed)
+        self.requests = [self.cache.open() for _ in totals]
+        self.cache.extend(self.requests, [prefix for prefix, _ in self.lens])
+        self.cache.extend(self.requests, [new for _, new in self.lens])
+        self.cache.kv.poison()
+        if self.poison == "foreign":
+            own = torch.tensor([p for request in self.requests for p in request.pages], device=self.device)
+            for pool in (self.cache.kv.k_paged(self.layer_id), self.cache.kv.v_paged(self.layer_id)):
+                pool[own] = 3.0e4
+        for i, (prefix, _) in enumerate(self.lens):
+            slots = torch.tensor(slots_of(self.cache, self.requests[i], prefix), dtype=torch.int64, device=self.device)
+            if prefix:
+                self.cache.kv.write(self.layer_id, self.k[i][:prefix], self.v[i][:prefix], slots)
+
+    @property
+    def totals(self) -> list[int]:
+        return [prefix + new for prefix, new in self.lens]
+
+    @property
+    def table(self) -> Tensor:
+        return self.cache.req_to_token.req_to_token
+
+    @property
+    def specs(self) -> tuple[AttentionSpec, AttentionSpec]:
+        """Two layers: plain causal attention, then the spec under test."""
+        s = self.spec
+        return AttentionSpec(s.num_heads, s.num_kv_heads, s.head_dim, s.v_head_dim, s.scale), s
+
+    def settings(self, **changes: object) -> BackendSettings:
+        limit = self.cache.req_to_token.max_context_len
+        base = {"device": torch.device(self.device), "dtype": self.dtype, "page_size": self.page_size}
+        return BackendSettings(**base, max_context_len=limit, **changes)  # type: ignore[arg-type]
+
+    def batch(self, which: Sequence[int] | None = None) -> ForwardBatch:
+        """The batch of the requests `which` (None: all)."""
+        which = range(len(self.lens)) if which is None else which
+        rows = [self.requests[i].row for i in which]
+        prefixes, new = [self.lens[i][0] for i in which], [self.lens[i][1] for i in which]
+        if self.decode:
+            return decode_batch(self.table, rows, prefixes, self.cache.req_to_token.max_context_len)
+        return extend_batch(self.table, rows, prefixes, tokens(new))
+
+    def qkv(self, which: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Ragged q, k, v of the new tokens, as views of one fused projection: rows are far apart."""
+        which = range(len(self.lens)) if which is None else which
+        parts = (
+            torch.cat([self.q[i] for i in which]),
+            torch.cat([self.k[i][self.lens[i][0] :] for i in which]),
+            torch.cat([self.v[i][self.lens[i][0] :] for i in which]),
+        )
+        fused = torch.cat([part.flatten(1) for part in parts], dim=1)
+        widths = [part.shape[1] * part.shape[2] for part in parts]
+        views = fused.split(widths, dim=1)
+        return tuple(x.unflatten(1, part.shape[1:]) for x, part in zip(views, parts, strict=True))  # type: ignore[return-value]
+
+    def run(self, backend: AttentionBackend, which: Sequence[int] | None = None) -> list[Tensor]:
+        """Write and read through the backend; the output of each request."""
+        batch = self.batch(which)
+        backend.init_forward_metadata(batch, self.table)
+        attend = PagedAttention(backend, self.cache.kv, batch, backend.lowerings)
+        out_THV = attend(self.layer_id, *self.qkv(which), rope=None, sinks_H=self.sinks)
+        return list(out_THV.split([self.lens[i][1] for i in which or range(len(self.lens))]))
+
+    def lse(self, backend: AttentionBackend) -> list[Tensor]:
+        """LSE of each request, from what `run` has written."""
+        lowering = backend.lowerings[self.layer_id]
+        caches = (self.cache.kv.k(self.layer_id), self.cache.kv.v(self.layer_id))
+        sinks = None if lowering.sink_epilogue else self.sinks
+        q_THD, batch = self.qkv()[0], self.batch()
+        _, lse_TH = backend.forward(q_THD, *caches, lowering, batch, sinks_H=sinks, return_lse=True)
+        assert lse_TH is not None and lse_TH.dtype == torch.float32
+        return list(lse_TH.split([new for _, new in self.lens]))
+
+    def reference(self, i: int, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Request i by the definition, on the dense data."""
+        q_pos = torch.arange(*(self.lens[i][0], self.totals[i]), device=self.device)
+        data = (self.q[i], self.k[i], self.v[i], q_pos, self.spec)
+        return attention(*data, sinks_H=self.sinks, compute_dtype=compute_dtype)
+
+    def check(self, backend: AttentionBackend, *, lse: bool = True) -> None:
+        """Output (and LSE) of every request against float64."""
+        outs = self.run(backend)
+        lses = self.lse(backend) if lse else [None] * len(outs)
+        for i, (out, lse_QH) in enumerate(zip(outs, lses, strict=True)):
+            exact, low = self.reference(i, torch.float64), self.reference(i, self.dtype)
+            assert out.dtype == self.dtype
+            assert_accurate(out, exact[0], low[0], softcap=self.spec.softcap, what=f"out of request {i}")
+            if lse_QH is not None:
+                assert_accurate(lse_QH, exact[1], low[1], softcap=self.spec.softcap, what=f"lse of request {i}")
+
+
+def assert_accurate(actual: Tensor, exact: Tensor, low: Tensor, *, softcap: float = 0.0, what: str = "out") -> None:
+    """The tolerance of flash-attention's own tests: the error against float64 is at most twice that of the same
+    computation in the low precision (three times with a softcap, whose tanh kernels approximate), plus a small constant."""
+    exact = exact.double()
+    assert actual.shape == exact.shape
+    error = (actual.double() - exact).abs().max().item()
+    small = torch.finfo(low.dtype).eps * exact.abs().max().item() + 2e-6
+    bound = (3 if softcap else 2) * (low.double() - exact).abs().max().item() + small
+    assert error <= bound, f"{what}: error {error:.3g} is above {bound:.3g}"  # NaN fails too
