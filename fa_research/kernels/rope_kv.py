@@ -128,10 +128,15 @@ def _write_kv_kernel(
     _copy_heads(v, v_cache, head < K, V, BLOCK_V)
 
 
-@cache
-def heads_per_program(num_heads: int, head_dim: int, elements: int) -> int:
+def _heads(num_heads: int, head_dim: int, elements: int) -> int:
     """A power of two of heads, about ``elements`` elements together, no more than cover ``num_heads``."""
     return min(triton.next_power_of_2(num_heads), max(1, elements // triton.next_power_of_2(head_dim)))
+
+
+@cache
+def launch_config(q_heads: int, kv_heads: int, head_dim: int, v_head_dim: int) -> tuple[int, int, int]:
+    """(query heads of a program, KV heads of one, warps). K and V together are as much work as the queries."""
+    return _heads(q_heads, head_dim, 2048), _heads(kv_heads, max(head_dim, v_head_dim), 1024), 4
 
 
 def write_kv(
@@ -144,13 +149,13 @@ def write_kv(
     num_tokens, num_heads, head_dim = k_TKD.shape
     v_head_dim = v_TKV.shape[2]
     assert k_TKD.stride(2) == v_TKV.stride(2) == k_cache_NKD.stride(2) == v_cache_NKV.stride(2) == 1
-    heads = heads_per_program(num_heads, max(head_dim, v_head_dim), 1024)
+    _, heads, warps = launch_config(num_heads, num_heads, head_dim, v_head_dim)
     _write_kv_kernel[(num_tokens * triton.cdiv(num_heads, heads),)](
         k_TKD, v_TKV, k_cache_NKD, v_cache_NKV, out_cache_loc_T,
         k_TKD.stride(0), k_TKD.stride(1), v_TKV.stride(0), v_TKV.stride(1),
         k_cache_NKD.stride(0), k_cache_NKD.stride(1), v_cache_NKV.stride(0), v_cache_NKV.stride(1),
         num_heads, head_dim, triton.next_power_of_2(head_dim), v_head_dim, triton.next_power_of_2(v_head_dim), heads,
-        num_warps=4,
+        num_warps=warps,
     )  # fmt: skip
 
 
@@ -164,8 +169,7 @@ def rope_write_kv(
     v_cache_NKV: Tensor,
     out_cache_loc_T: Tensor,
 ) -> None:
-    """Rotate q in place; write rotated K, and V, to the slots ``out_cache_loc_T``. K and V themselves stay
-    unrotated.
+    """Rotate q in place; write rotated K, and V, to the slots ``out_cache_loc_T``; k and v stay.
 
     ``cos_sin_XD`` is float32 [positions, D] = cos(D/2) | sin(D/2) and contiguous; ``positions_T`` and
     ``out_cache_loc_T`` are int64. q, k and v may be views of a fused projection; the last dimension of every
@@ -173,26 +177,17 @@ def rope_write_kv(
     """
     num_tokens, q_heads, head_dim = q_THD.shape
     kv_heads, v_head_dim = v_TKV.shape[1:]
-    assert (
-        q_THD.stride(2)
-        == k_TKD.stride(2)
-        == v_TKV.stride(2)
-        == k_cache_NKD.stride(2)
-        == v_cache_NKV.stride(2)
-        == 1
-    )
+    assert q_THD.stride(2) == k_TKD.stride(2) == v_TKV.stride(2) == 1
+    assert k_cache_NKD.stride(2) == v_cache_NKV.stride(2) == 1
     assert head_dim % 2 == 0
     assert cos_sin_XD.shape[1] == head_dim
     assert cos_sin_XD.is_contiguous()
-    q_part = heads_per_program(q_heads, head_dim, 2048)
-    kv_part = heads_per_program(
-        kv_heads, max(head_dim, v_head_dim), 1024
-    )  # K and V: as much work as a query program
+    q_part, kv_part, warps = launch_config(q_heads, kv_heads, head_dim, v_head_dim)
     half = head_dim // 2
     _rope_write_kv_kernel[(num_tokens * (triton.cdiv(q_heads, q_part) + triton.cdiv(kv_heads, kv_part)),)](
         q_THD, k_TKD, v_TKV, cos_sin_XD, positions_T, k_cache_NKD, v_cache_NKV, out_cache_loc_T,
         q_THD.stride(0), q_THD.stride(1), k_TKD.stride(0), k_TKD.stride(1), v_TKV.stride(0), v_TKV.stride(1),
         k_cache_NKD.stride(0), k_cache_NKD.stride(1), v_cache_NKV.stride(0), v_cache_NKV.stride(1),
         q_heads, kv_heads, half, triton.next_power_of_2(half), v_head_dim, triton.next_power_of_2(v_head_dim),
-        q_part, kv_part, num_warps=4,
+        q_part, kv_part, num_warps=warps,
     )  # fmt: skip

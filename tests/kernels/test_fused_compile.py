@@ -46,11 +46,11 @@ for tokens in (1, 4096):
     block, warps = activation.launch_config(tokens, 14336)
     assert accesses(activation._silu_mul_kernel, {"F": 14336, "BLOCK": block, "PARTS": 14336 // block}, warps) == wide
 heads = {"H": 32, "K": 8, "HALF": 64, "BLOCK_HALF": 64, "V": 128, "BLOCK_V": 128}
-heads |= {"Q_HEADS": rope_kv.heads_per_program(32, 128, 2048), "KV_HEADS": rope_kv.heads_per_program(8, 128, 1024)}
+heads["Q_HEADS"], heads["KV_HEADS"], warps = rope_kv.launch_config(32, 8, 128, 128)
 index = {"positions_ptr": "i64", "loc_ptr": "i64"}
-assert wide < accesses(rope_kv._rope_write_kv_kernel, heads, cos_sin_ptr="f32", **index)
+assert wide < accesses(rope_kv._rope_write_kv_kernel, heads, warps, cos_sin_ptr="f32", **index)
 kv = {"K": 8, "D": 128, "BLOCK_D": 128, "V": 128, "BLOCK_V": 128, "KV_HEADS": heads["KV_HEADS"]}
-assert wide < accesses(rope_kv._write_kv_kernel, kv, **index)
+assert wide < accesses(rope_kv._write_kv_kernel, kv, warps, **index)
 for page_size in (1, 3, 16):
     for more in ({}, {"extend_seq_lens_ptr": None}):
         kernel, shape = fill_metadata._fill_metadata_kernel, {"PAGE_SIZE": page_size, "BLOCK_B": 64, "BLOCK_P": 1024}
