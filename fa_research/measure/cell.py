@@ -49,14 +49,14 @@ def check(engine: Engine, workload: Workload) -> tuple[bool, dict[str, Any]]:
 def measure(engine: Engine, workload: Workload, timer: Timer, tick: Tick) -> Measurement:
     """Time every unit of the workload, then, at `workload.level=attention`, the parts of the attention path. `tick` is
     called after each."""
-    result = Measurement(metrics=_memory(engine))
+    result = Measurement()
     for unit in workload.units():
         timing = timer.time(unit.run, unit.samples)
         result.metrics |= timing.metrics(unit.name)
         result.metrics[f"{unit.name}_tokens_per_s"] = unit.tokens / timing.median_us * 1e6
         result.metrics["timing_method"], result.metrics["timing_l2"] = timing.method, timing.l2
         result.series[f"{unit.name}_us"] = timing.samples_us
-        if unit.host_time:
+        if unit.host_time and engine.device.type == "cuda":  # on the CPU the host does all of it
             host = timer.host_time(unit.run, unit.samples)
             result.metrics[f"{unit.name}_host_us"] = host.median_us
         _roof(engine, workload, unit, timing, result)
@@ -64,6 +64,7 @@ def measure(engine: Engine, workload: Workload, timer: Timer, tick: Tick) -> Mea
     if engine.stack is not None:
         _attention_parts(engine, engine.stack, workload, timer, result)
         tick()
+    result.metrics |= _memory(engine)
     return result
 
 

@@ -29,7 +29,7 @@ class Timing:
 
     def metrics(self, name: str) -> dict[str, float]:
         """Median, 10th and 90th percentile, count, as columns named after `name`."""
-        deciles = quantiles(self.samples_us, n=10) if len(self.samples_us) > 1 else [self.samples_us[0]] * 9
+        deciles = quantiles(self.samples_us, n=10, method="inclusive") if len(self.samples_us) > 1 else [self.samples_us[0]] * 9
         return {
             f"{name}_us": self.median_us,
             f"{name}_p10_us": deciles[0],
@@ -61,8 +61,9 @@ class Timer:
 
     def host_time(self, run: Callable[[], object], samples: int) -> Timing:
         """What `run` costs the host, nothing waited for."""
-        taken = []
-        for _ in range(samples):
+        taken: list[float] = []
+        deadline = time.monotonic() + self.max_seconds
+        while len(taken) < samples and (len(taken) < 2 or time.monotonic() < deadline):
             self.synchronize()  # an empty queue, so that a full one is not what is measured
             start = time.perf_counter_ns()
             run()
