@@ -10,11 +10,16 @@ from torch import Tensor
 
 
 def merge(out_a_THV: Tensor, lse_a_TH: Tensor, out_b_THV: Tensor, lse_b_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """Join attention over two disjoint sets of keys. A side that saw no key has LSE -inf and counts for nothing."""
+    """Join attention over two disjoint sets of keys. A side that saw no key has LSE -inf and counts for nothing, whatever
+    its kernel left in the output."""
     lse = torch.logaddexp(lse_a_TH, lse_b_TH)
-    weight_a, weight_b = (torch.exp(part - lse).nan_to_num_(0.0)[..., None] for part in (lse_a_TH, lse_b_TH))
-    out = weight_a * out_a_THV + weight_b * out_b_THV
+    out = _weighted(out_a_THV, lse_a_TH, lse) + _weighted(out_b_THV, lse_b_TH, lse)
     return out.to(out_a_THV.dtype), lse
+
+
+def _weighted(out_THV: Tensor, part_lse_TH: Tensor, lse_TH: Tensor) -> Tensor:
+    weight_TH1 = torch.exp(part_lse_TH - lse_TH)[..., None]  # NaN where neither side saw a key
+    return torch.where(weight_TH1 > 0, weight_TH1 * out_THV, 0.0)
 
 
 def apply_sinks(out_THV: Tensor, lse_TH: Tensor, sinks_H: Tensor) -> Tensor:
