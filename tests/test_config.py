@@ -1,0 +1,356 @@
+"""Every YAML composes into the typed config, and every mistake gets one line that names the key and a way out."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections.abc import Iterator
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.utils import setup_globals
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fa_research import masks
+from fa_research.config import WORKLOADS, Config, GraphMode, TextWorkload, config_hash, load_config, to_plain
+from fa_research.config.explain import explain
+from fa_research.config.store import CONFIG_DIR, GROUPS, choices, register
+from fa_research.errors import BackendUnavailable, ConfigError, FaResearchError, KVCacheFull, Unsupported
+
+PLAIN_GROUPS = [group for group in GROUPS if group != "experiment"]
+ALL_CHOICES = [(group, choice) for group in PLAIN_GROUPS for choice in choices(group)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra_configs() -> Iterator[None]:
+    register()
+    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str, hydra: bool = False) -> DictConfig:
+    return compose("config", overrides=list(overrides), return_hydra_config=hydra)
+
+
+def message_of(*overrides: str) -> str:
+    """What a user reads who gives these overrides, whether composition or conversion refuses them."""
+    try:
+        load_config(composed(*overrides))
+    except Exception as error:
+        return str(error) if isinstance(error, FaResearchError) else explain(error)
+    pytest.fail(f"{overrides} was accepted")
+
+
+def test_defaults_of_the_schemas_and_of_the_yaml_files_agree() -> None:
+    # Whoever builds Config() in a test or a notebook gets what `python run.py` gets.
+    assert load_config(composed()) == Config()
+
+
+@pytest.mark.parametrize(("group", "choice"), ALL_CHOICES)
+def test_every_choice_composes(group: str, choice: str) -> None:
+    config = load_config(composed(f"{group}={choice}"))
+    if hasattr(part := getattr(config, group), "name"):
+        assert part.name == choice
+
+
+def test_every_workload_has_a_yaml_file_and_its_own_type() -> None:
+    assert set(choices("workload")) == set(WORKLOADS)
+    for name, schema in WORKLOADS.items():
+        assert type(load_config(composed(f"workload={name}")).workload) is schema
+
+
+def test_every_backend_has_a_yaml_file_and_the_reverse() -> None:
+    from fa_research import backends
+
+    assert set(choices("backend")) == {*backends.names(), "auto"}
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_cell_of_every_experiment_composes(name: str) -> None:
+    params = composed(f"experiment={name}", hydra=True).hydra.sweeper.params or {}
+    sweeps = [
+        [f"{key}={value.strip()}" for value in str(values).split(",")] for key, values in params.items()
+    ]
+    cells = list(itertools.product(*sweeps))
+    hashes = {config_hash(load_config(composed(f"experiment={name}", *cell))) for cell in cells}
+    assert len(hashes) == len(cells)
+
+
+def test_first_ablation_is_two_backends_by_two_page_sizes() -> None:
+    cfg = composed("experiment=first_ablation", hydra=True)
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    assert cfg.hydra.sweeper.params == {"backend": "torch,triton", "kv.page_size": "1,16"}
+    assert cfg.workload.name == "decode"
+
+
+@pytest.mark.parametrize("level", ["model", "attention"])
+@pytest.mark.parametrize("workload", sorted(WORKLOADS))
+def test_every_workload_has_both_levels(workload: str, level: str) -> None:
+    assert (
+        str(load_config(composed(f"workload={workload}", f"workload.level={level}")).workload.level) == level
+    )
+
+
+def test_values_reach_the_typed_config() -> None:
+    config = load_config(
+        composed(
+            "cuda_graph.mode=on",
+            "cuda_graph.batch_sizes=[1,16,64]",
+            "model=llama3_8b",
+            "model.mask.name=sliding_window",
+            "model.mask.size=1024",
+            "+backend.options.pack_gqa=true",
+            "kv.memory_fraction=0.5",
+        )
+    )
+    assert config.cuda_graph.mode is GraphMode.on
+    assert config.cuda_graph.batch_sizes == [1, 16, 64]
+    assert (config.model.num_layers, config.model.rope_scaling.factor) == (32, 8.0)
+    assert (config.model.mask.name, config.model.mask.size) == ("sliding_window", 1024)
+    assert config.backend.options == {"pack_gqa": True}
+    assert config.kv.memory_fraction == 0.5
+
+
+# overrides -> what the message must contain: the key, what was given, what would work
+MISTAKES: list[tuple[list[str], list[str]]] = [
+    # unknown keys, plain and forced
+    (["kv.pagesize=3"], ["unknown key kv.pagesize", "did you mean kv.page_size?", "kv.churn"]),
+    (["+kv.pagesize=3"], ["unknown key kv.pagesize", "did you mean kv.page_size?"]),
+    (["++kv.pagesize=3"], ["unknown key kv.pagesize", "did you mean kv.page_size?"]),
+    (["+bar=1"], ["unknown key bar", "keys here: study, seed"]),
+    (["+bar.baz.x=1"], ["unknown key bar"]),
+    (["modle=tiny"], ["unknown key modle", "did you mean model?"]),
+    (["+model.rope_scaling.facto=2"], ["unknown key model.rope_scaling.facto", "model.rope_scaling.factor?"]),
+    (["model.mask={name:chunked,siz:3}"], ["unknown key model.mask.siz", "did you mean model.mask.size?"]),
+    (["workload.context_len=8"], ["unknown key workload.context_len", "workload=decode and workload=mixed"]),
+    (["+workload.context_len=8"], ["unknown key workload.context_len", "workload=decode and workload=mixed"]),
+    # unknown choices
+    (["backend=fa4"], ["backend=fa4 is unknown", "choose one of auto, fa2, fa3, torch, triton"]),
+    (["workload=txt"], ["workload=txt is unknown", "did you mean text?"]),
+    (["experiment=nope"], ["experiment=nope is unknown", "first_ablation"]),
+    (["device=tpu"], ["device='tpu'", "one of auto, cpu, cuda"]),
+    (["cuda_graph.mode=maybe"], ["cuda_graph.mode='maybe'", "one of auto, on, off, simulate"]),
+    (["model.dtype=float64"], ["model.dtype='float64'", "one of auto, float16, bfloat16, float32"]),
+    (["measure.l2=hot"], ["measure.l2='hot'", "one of cold, warm"]),
+    (["tracking.mode=yes"], ["tracking.mode='yes'", "auto, online, offline, disabled"]),
+    (["workload.level=layer"], ["workload.level='layer'", "one of model, attention"]),
+    (["model.mask.name=slidin"], ["model.mask", "slidin", "causal, chunked, full, sliding_window"]),
+    (["kv=3"], ["a group takes the name of one of its choices"]),
+    # wrong types
+    (["kv.page_size=abc"], ["kv.page_size='abc'", "expected an integer"]),
+    (["kv.page_size=1.5"], ["kv.page_size=1.5", "expected an integer"]),
+    (["kv.page_size=null"], ["kv.page_size=null", "expected an integer"]),
+    (["kv.page_size=???"], ["kv.page_size has no value", "an integer"]),
+    (["kv.churn=maybe"], ["kv.churn='maybe'", "true or false"]),
+    (["kv.num_pages=many"], ["kv.num_pages='many'", "an integer or null"]),
+    (["cuda_graph.batch_sizes=[1,x]"], ["cuda_graph.batch_sizes[1]='x'", "expected an integer"]),
+    (["cuda_graph.batch_sizes=8"], ["cuda_graph.batch_sizes=8", "a list, each item an integer"]),
+    (["tracking.tags=x"], ["tracking.tags='x'", "a list"]),
+    (["model.rope_scaling=null"], ["model.rope_scaling=null", "a group with the keys type, factor"]),
+    (["~kv.page_size"], ["kv.page_size cannot be removed"]),
+    (["~workload"], ["no workload chosen", "decode, extend, mixed, text"]),
+    (["kv.page_size=1,2"], ["kv.page_size=1,2", "--multirun"]),
+    (["backend=a=b"], ["cannot read the override 'backend=a=b'"]),
+    (["model.rope_theta=${nowhere}"], ["model.rope_theta", "nowhere"]),
+    # values out of range
+    (["kv.page_size=0"], ["kv.page_size=0", "from 1 to 256"]),
+    (["kv.page_size=257"], ["kv.page_size=257", "from 1 to 256"]),
+    (["kv.num_pages=1"], ["kv.num_pages=1", "at least 2"]),
+    (["kv.memory_fraction=0"], ["kv.memory_fraction=0", "above 0 and at most 1"]),
+    (["kv.memory_fraction=1.1"], ["kv.memory_fraction=1.1", "above 0 and at most 1"]),
+    (["kv.memory_fraction=nan"], ["kv.memory_fraction=nan"]),
+    (["kv.max_requests=0"], ["kv.max_requests=0", "at least 1"]),
+    (["kv.reserve_ahead=0"], ["kv.reserve_ahead=0", "at least 1"]),
+    (["seed=-1"], ["seed=-1"]),
+    (["study=../elsewhere"], ["study='../elsewhere'", "names a folder"]),
+    (["study=''"], ["study=''"]),
+    (["backend.num_splits=-1"], ["backend.num_splits=-1", "at least 0"]),
+    (["model.num_layers=0"], ["model.num_layers=0"]),
+    (["model.head_dim=65"], ["model.head_dim=65", "even"]),
+    (["model.rope_theta=inf"], ["model.rope_theta=inf"]),
+    (["model.rms_norm_eps=0"], ["model.rms_norm_eps=0"]),
+    (["model.softcap=-1"], ["model.softcap=-1"]),
+    (["cuda_graph.batch_sizes=[]"], ["cuda_graph.batch_sizes=[]", "cuda_graph.mode=off"]),
+    (["cuda_graph.batch_sizes=[4,0]"], ["cuda_graph.batch_sizes=[4, 0]", "positive"]),
+    (["cuda_graph.batch_sizes=[4,4]"], ["cuda_graph.batch_sizes=[4, 4]", "repeats"]),
+    (["measure.repeats=0"], ["measure.repeats=0"]),
+    (["measure.warmup=-1"], ["measure.warmup=-1"]),
+    (["measure.max_seconds=0"], ["measure.max_seconds=0"]),
+    (["measure.check_requests=0"], ["measure.check_requests=0"]),
+    (["workload.prompt_len=0"], ["workload.prompt_len=0", "at least 1"]),
+    (["workload.chunk_size=0"], ["workload.chunk_size=0"]),
+    (["workload.shared_prefix_len=256"], ["workload.shared_prefix_len=256", "workload.prompt_len - 1 = 255"]),
+    (["workload=decode", "workload.batch_size=0"], ["workload.batch_size=0"]),
+    (["workload=decode", "workload.length_spread=1"], ["workload.length_spread=1", "below 1"]),
+    (["workload=extend", "workload.new_len=0"], ["workload.new_len=0"]),
+    (["workload=extend", "workload.prefix_len=-1"], ["workload.prefix_len=-1"]),
+    (["workload=mixed", "workload.decode_requests=0"], ["workload.decode_requests=0"]),
+    # combinations
+    (
+        ["kv.num_pages=8", "kv.memory_fraction=0.5"],
+        ["kv.num_pages=8 and kv.memory_fraction=0.5", "one of the two"],
+    ),
+    (["model.num_kv_heads=3"], ["model.num_heads=4 with model.num_kv_heads=3", "multiple"]),
+    (["model.mask.name=chunked"], ["model.mask", "size"]),
+    (["model.mask.size=4"], ["model.mask", "size=4"]),
+    (["model.mask.name=sliding_window", "model.mask.size=0"], ["model.mask", "size"]),
+    (
+        ["model=llama3_8b", "model.rope_scaling.low_freq_factor=4"],
+        ["low_freq_factor=4.0", "high_freq_factor=4.0"],
+    ),
+    (["workload.num_layers=1"], ["workload.num_layers=1", "workload.level=attention"]),
+    (["workload.level=attention", "workload.num_layers=3"], ["workload.num_layers=3", "model.num_layers=2"]),
+    (
+        ["workload=decode", "workload.context_len=4090"],
+        ["workload.context_len=4090 + workload.steps=16 = 4106 tokens", "model.max_context_len=4096"],
+    ),
+    (
+        ["workload=extend", "workload.prefix_len=4000"],
+        ["workload.prefix_len=4000", "model.max_context_len=4096"],
+    ),
+    (["workload=mixed", "workload.context_len=4096"], ["workload.context_len=4096", "= 4097 tokens"]),
+    (
+        ["workload=mixed", "workload.prefix_len=4000"],
+        ["workload.prefix_len=4000", "model.max_context_len=4096"],
+    ),
+    (
+        ["workload.prompt_len=4090"],
+        ["workload.prompt_len=4090", "workload.steps=32", "model.max_context_len=4096"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"), MISTAKES, ids=[" ".join(overrides) for overrides, _ in MISTAKES]
+)
+def test_a_mistake_is_one_line_that_names_the_key_and_what_would_work(
+    overrides: list[str], parts: list[str]
+) -> None:
+    message = message_of(*overrides)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    message = message_of("kv.page_size=0", "measure.repeats=0", "workload.prompt_len=0")
+    assert all(key in message for key in ("kv.page_size=0", "measure.repeats=0", "workload.prompt_len=0"))
+
+
+def test_the_limits_themselves_are_accepted() -> None:
+    for overrides in (
+        ["kv.page_size=1"],
+        ["kv.page_size=256"],
+        ["kv.memory_fraction=1"],
+        ["workload=decode", "workload.context_len=4080"],
+        ["workload=mixed", "workload.context_len=4095"],
+        ["workload.shared_prefix_len=255"],
+        ["workload.shared_prefix_len=0"],
+        ["cuda_graph.mode=off", "cuda_graph.batch_sizes=[]"],
+    ):
+        load_config(composed(*overrides))
+
+
+@pytest.mark.parametrize("name", masks.names())
+def test_every_mask_can_be_configured(name: str) -> None:
+    size = ["model.mask.size=8"] if _needs_size(name) else []
+    assert load_config(composed(f"model.mask.name={name}", *size)).model.mask.name == name
+
+
+def _needs_size(name: str) -> bool:
+    try:
+        masks.build(name)
+    except ValueError:
+        return True
+    return False
+
+
+def test_hash_sees_what_is_measured_and_nothing_else() -> None:
+    base = config_hash(composed())
+    assert len(base) == 8
+    assert int(base, 16) >= 0
+    for same in (["study=other"], ["tracking.mode=disabled"], ["tracking=disabled"], ["tracking.tags=[a]"]):
+        assert config_hash(composed(*same)) == base
+    others = [
+        ["seed=1"],
+        ["kv.page_size=1"],
+        ["debug=strict"],
+        ["workload=decode"],
+        ["backend=torch"],
+        ["+backend.options.a=1"],
+    ]
+    assert len({base, *(config_hash(composed(*other)) for other in others)}) == len(others) + 1
+
+
+def test_hash_is_the_same_for_every_form_of_a_config() -> None:
+    cfg = composed("kv.page_size=64", "model=qwen3_8b")
+    forms = [cfg, load_config(cfg), to_plain(cfg), composed("model=qwen3_8b", "kv.page_size=64", hydra=True)]
+    assert len({config_hash(form) for form in forms}) == 1
+
+
+def test_plain_form_is_plain_and_resolved() -> None:
+    plain = to_plain(composed("study=${model.name}", hydra=True))
+    assert plain["study"] == "tiny"
+    assert plain["device"] == "auto"  # by name, not an Enum
+    assert "hydra" not in plain
+    kinds = {type(leaf) for leaf in _leaves(plain)}
+    assert kinds <= {str, int, float, bool, type(None)}
+
+
+def _leaves(node: object) -> Iterator[object]:
+    if isinstance(node, dict | list):
+        for item in node.values() if isinstance(node, dict) else node:
+            yield from _leaves(item)
+    else:
+        yield node
+
+
+def test_two_runs_of_one_moment_never_share_a_folder(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(setup_globals)  # gives Hydra its clock back
+    OmegaConf.register_new_resolver("now", lambda pattern: "the-same-second", replace=True)
+    runs = [composed("hydra.job.num=0", hydra=True) for _ in range(3)]
+    for cfg in runs:
+        assert cfg.hydra.run.dir == cfg.hydra.run.dir, "stable within one run"
+        assert config_hash(cfg) in cfg.hydra.run.dir
+        assert cfg.hydra.run.dir.startswith("outputs/default/the-same-second_")
+    assert len({cfg.hydra.run.dir for cfg in runs}) == 3
+    assert len({cfg.hydra.sweep.dir for cfg in runs}) == 3
+
+
+def test_a_config_without_the_schema_is_refused() -> None:
+    with pytest.raises(ConfigError, match="schema/config"):
+        load_config(OmegaConf.create({"kv": {"page_size": 1}}))
+
+
+def test_explain_falls_back_to_the_message_on_one_line() -> None:
+    assert explain(OmegaConfBaseException("two\nlines")) == "two lines"
+
+
+def test_text_is_the_default_workload() -> None:
+    assert isinstance(Config().workload, TextWorkload)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BackendUnavailable("fa3", ["no Hopper GPU", "no package"], ["torch", "triton"]),
+        Unsupported("fa2", ["head dim 512"], []),
+        KVCacheFull(requested=12, free=3),
+        ConfigError("kv.page_size=0"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_the_trip_from_another_process(error: FaResearchError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
+
+
+def test_refusals_list_all_reasons_and_what_would_work() -> None:
+    text = str(BackendUnavailable("fa3", ["no Hopper GPU", "no package"], ["torch", "triton"]))
+    assert all(part in text for part in ("fa3", "no Hopper GPU", "no package", "torch, triton"))
+    assert "none" in str(Unsupported("fa2", ["head dim 512"]))
+    full = str(KVCacheFull(12, 3))
+    assert all(part in full for part in ("12 pages requested", "3 pages free", "kv.num_pages"))
