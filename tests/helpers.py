@@ -22,8 +22,7 @@ from fa_research.kv_cache import CachedRequest, PagedAllocator, PagedKVCache, Re
 from fa_research.masks import Causal, Mask
 from fa_research.spec import AttentionSpec
 
-GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
-DEVICES = (pytest.param("cpu"), pytest.param("cuda", marks=GPU))
+DEVICES = (pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 def make_spec(
@@ -33,7 +32,7 @@ def make_spec(
     softcap: float = 0.0,
     has_sink: bool = False,
 ) -> AttentionSpec:
-    """A spec for `heads` = (query, KV); its scale is not the usual 1 / sqrt(D), so that a kernel that assumes it fails."""
+    """A spec for `heads` = (query, KV). Its scale is not the usual 1 / sqrt(D): a kernel that assumes it fails."""
     scale = 1.4 * head_dim**-0.5
     return AttentionSpec(*heads, head_dim, head_dim, scale, softcap, mask or Causal(), has_sink=has_sink)
 
@@ -84,7 +83,9 @@ def table_row(cache: PagedKVCache, request: CachedRequest) -> list[int]:
     return row
 
 
-def decode_batch(req_to_token_RW: Tensor, rows: Sequence[int], seq_lens: Sequence[int], bound: int) -> ForwardBatch:
+def decode_batch(
+    req_to_token_RW: Tensor, rows: Sequence[int], seq_lens: Sequence[int], bound: int
+) -> ForwardBatch:
     """The step after `seq_lens` tokens, as a captured step makes it: the device advances, and the host knows only that
     no length passes `bound`. Row 0 is padding."""
     device = req_to_token_RW.device
@@ -160,7 +161,9 @@ class Scene:
             for pool in (self.cache.kv.k_paged(self.layer_id), self.cache.kv.v_paged(self.layer_id)):
                 pool[own] = 3.0e4
         for i, (prefix, _) in enumerate(self.lens):
-            slots = torch.tensor(slots_of(self.cache, self.requests[i], prefix), dtype=torch.int64, device=self.device)
+            slots = torch.tensor(
+                slots_of(self.cache, self.requests[i], prefix), dtype=torch.int64, device=self.device
+            )
             if prefix:
                 self.cache.kv.write(self.layer_id, self.k[i][:prefix], self.v[i][:prefix], slots)
 
@@ -238,12 +241,16 @@ class Scene:
             assert out.dtype == self.dtype
             assert_accurate(out, exact[0], low[0], softcap=self.spec.softcap, what=f"out of request {i}")
             if lse_QH is not None:
-                assert_accurate(lse_QH, exact[1], low[1], softcap=self.spec.softcap, what=f"lse of request {i}")
+                assert_accurate(
+                    lse_QH, exact[1], low[1], softcap=self.spec.softcap, what=f"lse of request {i}"
+                )
 
 
-def assert_accurate(actual: Tensor, exact: Tensor, low: Tensor, *, softcap: float = 0.0, what: str = "out") -> None:
+def assert_accurate(
+    actual: Tensor, exact: Tensor, low: Tensor, *, softcap: float = 0.0, what: str = "out"
+) -> None:
     """The tolerance of flash-attention's own tests: the error against float64 is at most twice that of the same
-    computation in the low precision (three times with a softcap, whose tanh kernels approximate), plus a small constant."""
+    computation in the low precision (with a softcap, whose tanh kernels approximate, three times), plus a constant."""
     exact = exact.double()
     assert actual.shape == exact.shape
     error = (actual.double() - exact).abs().max().item()

@@ -1,4 +1,4 @@
-"""Which combinations of an attention variant, a page size and a batch are run: a set in which each pair of values occurs."""
+"""Which combinations of an attention variant, a page size and a batch are run: each pair of values occurs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,11 @@ LENS: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
     },
 }
 
-_COMMON: dict[str, Sequence[Any]] = {"softcap": (0.0, 4.0), "has_sink": (False, True), "head_dim": (64, 128, 256)}
+_COMMON: dict[str, Sequence[Any]] = {
+    "softcap": (0.0, 4.0),
+    "has_sink": (False, True),
+    "head_dim": (64, 128, 256),
+}
 DIMENSIONS: dict[str, dict[str, Sequence[Any]]] = {
     "cpu": {
         "mask": (Causal(), SlidingWindow(7), Chunked(12), Full()),
@@ -95,10 +99,12 @@ def covering(dimensions: Mapping[str, Sequence[Any]], full: Sequence[str]) -> li
         for name in names:
             if name not in row:
                 others = list(row.items())
-                # Where no value gains a pair: switches as the bits of the row's number, of sizes the first, the cheapest.
+                # Where no value gains a pair: switches as the bits of the row's number, of sizes the cheapest.
                 start = len(rows) >> names.index(name) - len(full) & 1 if len(dimensions[name]) == 2 else 0
                 choices = [*dimensions[name][start:], *dimensions[name][:start]]
-                row[name] = max(choices, key=lambda x: sum(frozenset({(name, x), o}) in missing for o in others))  # noqa: B023
+                row[name] = max(
+                    choices, key=lambda x: sum(frozenset({(name, x), o}) in missing for o in others)
+                )  # noqa: B023
         missing.difference_update(map(frozenset, itertools.combinations(row.items(), 2)))
         rows.append(row)
 

@@ -14,7 +14,7 @@ import torch
 
 from fa_research import backends
 from fa_research.batch import ForwardMode
-from tests.helpers import DEVICES, GPU
+from tests.helpers import DEVICES
 from tests.semantics.cases import CASES, DIMENSIONS, Case
 
 # Every slot that nothing wrote is NaN. A backend whose kernels may multiply the unused end of a request's own last page
@@ -22,17 +22,22 @@ from tests.semantics.cases import CASES, DIMENSIONS, Case
 POISON: dict[str, str] = {}
 
 MODES = {
-    "extend": ForwardMode.EXTEND, "prefix": ForwardMode.EXTEND, "mixed": ForwardMode.MIXED, "decode": ForwardMode.DECODE,
-}  # fmt: skip
+    "extend": ForwardMode.EXTEND,
+    "prefix": ForwardMode.EXTEND,
+    "mixed": ForwardMode.MIXED,
+    "decode": ForwardMode.DECODE,
+}
 ON_DEVICE = [
-    pytest.param(device, case, id=f"{device}-{case}", marks=GPU if device == "cuda" else ())
+    pytest.param(device, case, id=f"{device}-{case}", marks=pytest.mark.gpu if device == "cuda" else ())
     for device, cases in CASES.items()
     for case in cases
 ]
 
 
 def reasons_against(name: str, device: str, case: Case) -> tuple[str, ...]:
-    settings = backends.BackendSettings(torch.device(device), case.dtype, case.page_size, max_context_len=16384)
+    settings = backends.BackendSettings(
+        torch.device(device), case.dtype, case.page_size, max_context_len=16384
+    )
     return backends.reasons_against(name, settings, [case.spec])
 
 
