@@ -90,6 +90,7 @@ class PagedKVCache:
 
     def close(self, request: CachedRequest) -> None:
         """Give back the request's row and its pages (those that no other request shares become free)."""
+        assert self.requests.get(request.row) is request, f"the request is not open, row {request.row} is another's or free"
         del self.requests[request.row]
         self.allocator.free(request.pages)
         self.req_to_token.free(request.row)
