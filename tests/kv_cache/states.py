@@ -1,0 +1,19 @@
+"""Everything that an operation of the cache may change, as one comparable value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fa_research.kv_cache import PagedAllocator, PagedKVCache
+
+
+def allocator_state(allocator: PagedAllocator) -> tuple[Any, ...]:
+    counts = [allocator.references(page) for page in range(allocator.num_pages + 1)]
+    return sorted(allocator._free), counts
+
+
+def cache_state(cache: PagedKVCache) -> tuple[Any, ...]:
+    """The table on the device is part of it."""
+    requests = {row: (r.seq_len, list(r.pages)) for row, r in cache.requests.items()}
+    table = cache.req_to_token.req_to_token.tolist()
+    return allocator_state(cache.allocator), cache.req_to_token.rows_free, requests, table
