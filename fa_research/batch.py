@@ -57,7 +57,7 @@ def extend_batch(
     req_to_token_RW: Tensor,
     rows: Sequence[int],
     prefix_lens: Sequence[int],
-    new_tokens: Sequence[Sequence[int]],
+    new_tokens: Sequence[Sequence[int] | Tensor],
 ) -> ForwardBatch:
     """The EXTEND (or, where some requests gain one token and others many, MIXED) batch in which request `rows[i]` has
     `prefix_lens[i]` tokens in the cache and gains `new_tokens[i]`. The table must hold slots for all of them.
@@ -67,9 +67,13 @@ def extend_batch(
     """
     extend_lens = tuple(len(tokens) for tokens in new_tokens)
     if not extend_lens or min(extend_lens) < 1:
-        raise ValueError(f"every request of an extend batch needs at least one new token, got lengths {extend_lens}")
+        raise ValueError(
+            f"every request of an extend batch needs at least one new token, got lengths {extend_lens}"
+        )
     seq_lens = tuple(prefix + new for prefix, new in zip(prefix_lens, extend_lens, strict=True))
-    per_token, per_request = _upload(req_to_token_RW.device, rows, prefix_lens, new_tokens, seq_lens, extend_lens)
+    per_token, per_request = _upload(
+        req_to_token_RW.device, rows, prefix_lens, new_tokens, seq_lens, extend_lens
+    )
     input_ids_T, positions_T, rows_T = per_token
     rows_B, seq_lens_B, extend_lens_B = per_request.to(torch.int32)
     many, one = max(extend_lens) > 1, min(extend_lens) == 1
@@ -92,13 +96,15 @@ def _upload(
     device: torch.device,
     rows: Sequence[int],
     prefix_lens: Sequence[int],
-    new_tokens: Sequence[Sequence[int]],
+    new_tokens: Sequence[Sequence[int] | Tensor],
     seq_lens: Sequence[int],
     extend_lens: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """[3, T] (token ids, positions, rows) and [3, B] (rows, lengths, new lengths), int64, in one host-to-device copy."""
     num_tokens, num_requests = sum(extend_lens), len(rows)
-    staging = torch.empty(3 * (num_tokens + num_requests), dtype=torch.int64, pin_memory=device.type == "cuda")
+    staging = torch.empty(
+        3 * (num_tokens + num_requests), dtype=torch.int64, pin_memory=device.type == "cuda"
+    )
     per_token = staging[: 3 * num_tokens].view(3, num_tokens)
     per_request = staging[3 * num_tokens :].view(3, num_requests)
     start = 0

@@ -61,11 +61,15 @@ class FlashAttentionMetadata:
         )
 
 
-def fill_metadata(out: FlashAttentionMetadata, batch: ForwardBatch, req_to_token_RW: Tensor, page_size: int) -> None:
+def fill_metadata(
+    out: FlashAttentionMetadata, batch: ForwardBatch, req_to_token_RW: Tensor, page_size: int
+) -> None:
     """Write the batch into `out`: one kernel on the GPU, no allocation, no host synchronisation. Eager passes call it on
     fresh buffers, captured passes on the static ones; there is no second version of this code."""
     assert out.batch_size == batch.batch_size and out.page_size == page_size
-    assert out.page_table_BP.shape[1] * page_size >= batch.max_seq_len_k, "the page table is narrower than the longest request"
+    assert out.page_table_BP.shape[1] * page_size >= batch.max_seq_len_k, (
+        "the page table is narrower than the longest request"
+    )
     ops.fill_metadata(
         req_to_token_RW,
         batch.req_pool_indices_B,

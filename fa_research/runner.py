@@ -16,7 +16,16 @@ from fa_research.engine.model_runner import EngineModel
 from fa_research.measure.cell import Measurement, check, measure
 from fa_research.measure.timing import Timer
 from fa_research.models import attention_specs, build_model
-from fa_research.tracking import ROWS_FILE, Row, RowWriter, Status, environment, print_table, progress, wandb_run
+from fa_research.tracking import (
+    ROWS_FILE,
+    Row,
+    RowWriter,
+    Status,
+    environment,
+    print_table,
+    progress,
+    wandb_run,
+)
 from fa_research.tracking.records import now
 from fa_research.tracking.wandb_mirror import WandbMirror
 
@@ -34,7 +43,9 @@ def run_cell(config: Config, *, resolved: dict[str, Any], output_dir: Path, mult
     torch.manual_seed(config.seed)
     with (
         RowWriter(output_dir / ROWS_FILE) as writer,
-        wandb_run(config, resolved=resolved, output_dir=output_dir, multirun=multirun, config_hash=digest) as mirror,
+        wandb_run(
+            config, resolved=resolved, output_dir=output_dir, multirun=multirun, config_hash=digest
+        ) as mirror,
     ):
         _fill(row, config, mirror)
         row.finished = now()
@@ -70,7 +81,9 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
             passed, row.checks = check(engine, workload)
             if not passed:
                 row.status = Status.inaccurate
-                row.reasons.append(f"differs from the float64 oracle by more than the tolerance: {_worst(row.checks)}")
+                row.reasons.append(
+                    f"differs from the float64 oracle by more than the tolerance: {_worst(row.checks)}"
+                )
         else:
             row.notes.append("not checked against the oracle: measure.check=false")
         tick()
@@ -79,7 +92,9 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
     row.notes += engine.notes
 
 
-def _time(row: Row, engine: Engine, workload: workloads.Workload, config: Config, mirror: WandbMirror, tick: Any) -> None:
+def _time(
+    row: Row, engine: Engine, workload: workloads.Workload, config: Config, mirror: WandbMirror, tick: Any
+) -> None:
     options = config.measure
     timer = Timer(engine.device, warmup=options.warmup, max_seconds=options.max_seconds, l2=options.l2)
     result: Measurement = measure(engine, workload, timer, tick)
@@ -107,5 +122,3 @@ def _environment(engine: Engine) -> dict[str, Any]:
 
 def _worst(checks: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value:.3g}" for name, value in checks.items() if isinstance(value, float))
-
-

@@ -17,7 +17,9 @@ from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.metadata import FlashAttentionMetadata
 
 
-def chunk_metadata(metadata: FlashAttentionMetadata, batch: ForwardBatch, chunk: int) -> FlashAttentionMetadata:
+def chunk_metadata(
+    metadata: FlashAttentionMetadata, batch: ForwardBatch, chunk: int
+) -> FlashAttentionMetadata:
     """The same queries over virtual requests of at most `chunk` keys; `chunk` is a multiple of the page size."""
     assert chunk % metadata.page_size == 0
     if batch.mode is ForwardMode.DECODE:
@@ -29,7 +31,9 @@ def _decode(metadata: FlashAttentionMetadata, chunk: int) -> FlashAttentionMetad
     lens_B = metadata.cache_seqlens_int32_B
     start_B = (lens_B - 1).clamp(min=0) // chunk * chunk
     max_len = min(chunk, metadata.max_seq_len_k)
-    table_BP = _slice_table(metadata.page_table_BP, start_B // metadata.page_size, max_len, metadata.page_size)
+    table_BP = _slice_table(
+        metadata.page_table_BP, start_B // metadata.page_size, max_len, metadata.page_size
+    )
     return _build(metadata, lens_B - start_B, metadata.cu_seqlens_q_B1, table_BP, 1, max_len)
 
 
@@ -45,7 +49,9 @@ def _extend(metadata: FlashAttentionMetadata, batch: ForwardBatch, chunk: int) -
     return _build(metadata, len_X, cu_seqlens_q, table_XP, max(piece[3] for piece in pieces), max_len)
 
 
-def _pieces(seq_lens: tuple[int, ...], extend_lens: tuple[int, ...], chunk: int) -> Iterator[tuple[int, int, int, int]]:
+def _pieces(
+    seq_lens: tuple[int, ...], extend_lens: tuple[int, ...], chunk: int
+) -> Iterator[tuple[int, int, int, int]]:
     """(request, first key, number of keys, number of queries) for each piece, in query order."""
     for owner, (seq_len, extend_len) in enumerate(zip(seq_lens, extend_lens, strict=True)):
         position = seq_len - extend_len

@@ -45,7 +45,12 @@ class Lowering:
 
 
 def lower(
-    spec: AttentionSpec, capabilities: Capabilities, *, page_size: int, dtype: torch.dtype, device: torch.device
+    spec: AttentionSpec,
+    capabilities: Capabilities,
+    *,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Lowering:
     """Native if the backend does all of it, rewritten if an exact rewrite closes the gap, else unsupported with every
     reason."""
@@ -91,7 +96,10 @@ def _basic_reasons(
     checks = [
         (device.type in can.devices, f"device {device.type}: runs on {_list(can.devices)} only"),
         (name in can.dtypes, f"dtype {name}: takes {_list(can.dtypes)}"),
-        (spec.layout in can.layouts, f"KV layout {spec.layout.value}: not among {_list(x.value for x in can.layouts)}"),
+        (
+            spec.layout in can.layouts,
+            f"KV layout {spec.layout.value}: not among {_list(x.value for x in can.layouts)}",
+        ),
         (
             page_size % can.page_size_multiple == 0,
             f"kv.page_size={page_size}: must be a multiple of {can.page_size_multiple}",

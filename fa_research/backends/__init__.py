@@ -47,7 +47,7 @@ def reasons_against(name: str, settings: BackendSettings, specs: Sequence[Attent
 def choose(settings: BackendSettings, specs: Sequence[AttentionSpec]) -> tuple[str, str]:
     """`backend=auto`: the fastest backend for this device that supports every layer, and why it was taken."""
     ranked = sorted(_registry().values(), key=lambda cls: -cls.speed_rank(settings.device))
-    passed_over = []
+    passed_over: list[str] = []
     for cls in ranked:
         if cls.speed_rank(settings.device) < 0:
             continue

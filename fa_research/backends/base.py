@@ -51,7 +51,9 @@ class AttentionBackend(ABC):
         unknown = set(settings.options) - self.option_names
         if unknown:
             choices = ", ".join(sorted(self.option_names)) or "none"
-            raise ConfigError(f"backend.options.{min(unknown)} is unknown to backend={self.name}; its options: {choices}")
+            raise ConfigError(
+                f"backend.options.{min(unknown)} is unknown to backend={self.name}; its options: {choices}"
+            )
         self.settings = settings
         self.lowerings: tuple[Lowering, ...] = tuple(self.lower(spec) for spec in specs)
         self.forward_metadata: FlashAttentionMetadata | None = None
@@ -149,7 +151,9 @@ class AttentionBackend(ABC):
         metadata = self._chunked[lowering.chunk] if lowering.chunk else self.forward_metadata
         assert metadata is not None, "init_forward_metadata comes first"
         run = self.forward_decode if batch.mode is ForwardMode.DECODE else self.forward_extend
-        return run(q_THD, k_cache_NKD, v_cache_NKV, metadata, lowering.spec, sinks_H=sinks_H, return_lse=return_lse)
+        return run(
+            q_THD, k_cache_NKD, v_cache_NKV, metadata, lowering.spec, sinks_H=sinks_H, return_lse=return_lse
+        )
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Attention of an EXTEND or MIXED pass; arguments and result are those of `attend`."""

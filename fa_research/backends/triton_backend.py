@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ class TritonBackend(AttentionBackend):
         reasons = []
         if importlib.util.find_spec("triton") is None:
             reasons.append("the triton package is not installed (pip install 'fa_research[triton]')")
-        if settings.device.type == "cpu" and torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        if (
+            settings.device.type == "cpu"
+            and torch.cuda.is_available()
+            and os.environ.get("TRITON_INTERPRET") != "1"
+        ):
             reasons.append("device=cpu on a machine with a GPU needs TRITON_INTERPRET=1 in the environment")
         return tuple(reasons)
 
@@ -57,25 +62,72 @@ class TritonBackend(AttentionBackend):
         sinks_H: Tensor | None = None,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        band = spec.mask.band()
-        assert band is not None
-        common = {
-            "page_size": metadata.page_size,
-            "max_seq_len_k": metadata.max_seq_len_k,
-            "scale": spec.scale,
-            "softcap": spec.softcap,
-            "window": band.window,
-            "chunk": band.chunk,
-            "sinks_H": sinks_H,
-            "return_lse": return_lse,
-        }
-        pages = (metadata.page_table_BP, metadata.cache_seqlens_int32_B)
-        if metadata.max_seq_len_q == 1:
-            from fa_research.kernels.paged_decode import paged_decode
+        run = self._decode if metadata.max_seq_len_q == 1 else self._extend
+        return run(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, sinks_H=sinks_H, return_lse=return_lse)
 
-            splits = {"num_splits": self.settings.num_splits, "deterministic": self.settings.deterministic}
-            return paged_decode(q_THD, k_cache_NKD, v_cache_NKV, *pages, **common, **splits)
+    def forward_extend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        # One token each or many, deterministic extends take one kernel: which neighbours there are must not show.
+        run = self._extend if self.settings.deterministic else self.attend
+        return run(*args, **kwargs)
+
+    def _decode(
+        self,
+        q_THD: Tensor,
+        k_cache_NKD: Tensor,
+        v_cache_NKV: Tensor,
+        metadata: FlashAttentionMetadata,
+        spec: AttentionSpec,
+        **outputs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        from fa_research.kernels.paged_decode import paged_decode
+
+        return paged_decode(
+            q_THD,
+            k_cache_NKD,
+            v_cache_NKV,
+            metadata.page_table_BP,
+            metadata.cache_seqlens_int32_B,
+            max_seq_len_k=metadata.max_seq_len_k,
+            num_splits=self.settings.num_splits,
+            deterministic=self.settings.deterministic,
+            **_band_arguments(metadata, spec),
+            **outputs,
+        )
+
+    def _extend(
+        self,
+        q_THD: Tensor,
+        k_cache_NKD: Tensor,
+        v_cache_NKV: Tensor,
+        metadata: FlashAttentionMetadata,
+        spec: AttentionSpec,
+        **outputs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         from fa_research.kernels.paged_extend import paged_extend
 
-        ragged = {"max_seq_len_q": metadata.max_seq_len_q, "causal": band.causal}
-        return paged_extend(q_THD, k_cache_NKD, v_cache_NKV, *pages, metadata.cu_seqlens_q_B1, **common, **ragged)
+        band = spec.mask.band()
+        return paged_extend(
+            q_THD,
+            k_cache_NKD,
+            v_cache_NKV,
+            metadata.page_table_BP,
+            metadata.cache_seqlens_int32_B,
+            metadata.cu_seqlens_q_B1,
+            max_seq_len_q=metadata.max_seq_len_q,
+            max_seq_len_k=metadata.max_seq_len_k,
+            causal=band is None or band.causal,
+            **_band_arguments(metadata, spec),
+            **outputs,
+        )
+
+
+def _band_arguments(metadata: FlashAttentionMetadata, spec: AttentionSpec) -> dict[str, Any]:
+    band = spec.mask.band()
+    assert band is not None, "lowering admits bands only"
+    return {
+        "page_size": metadata.page_size,
+        "scale": spec.scale,
+        "softcap": spec.softcap,
+        "window": band.window,
+        "chunk": band.chunk,
+    }

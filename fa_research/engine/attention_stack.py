@@ -16,10 +16,17 @@ from fa_research.spec import AttentionSpec
 
 class AttentionStack:
     """Stands where a model stands (`workload.level=attention`). Queries, keys and values are standard-normal, drawn once
-    from `seed`; `outputs[layer_id]` keeps each layer's last output [T, H, V] for the check."""
+    from `seed`; `outputs[num_tokens][layer_id]` keeps the last output [T, H, V] of that size for the check (a graph of
+    one batch size writes to its own)."""
 
     def __init__(
-        self, specs: Sequence[AttentionSpec], *, max_tokens: int, dtype: torch.dtype, device: torch.device, seed: int
+        self,
+        specs: Sequence[AttentionSpec],
+        *,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
     ) -> None:
         self.attention_specs = tuple(specs)
         first = specs[0]
@@ -33,15 +40,16 @@ class AttentionStack:
         self.v_TKV = normal(first.num_kv_heads, first.v_head_dim)
         sinks = torch.randn(first.num_heads, dtype=dtype, device=device, generator=generator)
         self.sinks_H = sinks if first.has_sink else None
-        self.outputs: list[Tensor] = [self.q_THD] * len(specs)
+        self.outputs: dict[int, list[Tensor]] = {}
 
     def __call__(self, input_ids_T: Tensor, attend: Attend) -> Tensor:
         """The last layer's output [T, E]. The ids say how many tokens there are, no more."""
         num_tokens = input_ids_T.shape[0]
         q, k, v = (tensor[:num_tokens] for tensor in (self.q_THD, self.k_TKD, self.v_TKV))
-        for layer_id in range(len(self.attention_specs)):
-            self.outputs[layer_id] = attend(layer_id, q, k, v, rope=None, sinks_H=self.sinks_H)
-        return self.outputs[-1].flatten(1)
+        layers = range(len(self.attention_specs))
+        outputs = [attend(layer_id, q, k, v, rope=None, sinks_H=self.sinks_H) for layer_id in layers]
+        self.outputs[num_tokens] = outputs
+        return outputs[-1].flatten(1)
 
     def compute_logits(self, hidden: Tensor) -> Tensor | None:
         """There is no head."""

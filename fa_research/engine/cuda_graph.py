@@ -4,6 +4,7 @@ nano-vllm capture them)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,12 @@ class GraphSet:
     def __init__(self, step: Step, batch_sizes: Sequence[int]) -> None:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, Tensor | None] = {}
-        pool = torch.cuda.graph_pool_handle()
+        pool: Any = torch.cuda.graph_pool_handle()
         with torch.inference_mode():
             for batch_size in sorted(batch_sizes, reverse=True):
                 self._capture(step, batch_size, pool)
 
-    def _capture(self, step: Step, batch_size: int, pool: tuple[int, int]) -> None:
+    def _capture(self, step: Step, batch_size: int, pool: Any) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -51,7 +52,9 @@ class GraphSet:
         return self._outputs[batch_size]
 
 
-def resolve_graph_mode(config: CudaGraphConfig, device: torch.device, can: Capabilities, backend: str) -> GraphMode:
+def resolve_graph_mode(
+    config: CudaGraphConfig, device: torch.device, can: Capabilities, backend: str
+) -> GraphMode:
     """What `cuda_graph.mode` comes to on this device with this backend. `auto` captures where it can; an explicit `on`
     that cannot be raises ConfigError."""
     mode = config.mode
@@ -65,5 +68,7 @@ def resolve_graph_mode(config: CudaGraphConfig, device: torch.device, can: Capab
             f"cuda_graph.mode=on needs a CUDA device, this run is on {device.type}; use cuda_graph.mode=simulate or off"
         )
     if mode is GraphMode.on and not capturable:
-        raise ConfigError(f"cuda_graph.mode=on: backend={backend} cannot be captured; use cuda_graph.mode=off or simulate")
+        raise ConfigError(
+            f"cuda_graph.mode=on: backend={backend} cannot be captured; use cuda_graph.mode=off or simulate"
+        )
     return mode

@@ -128,7 +128,9 @@ def create_cache(
         )
     max_requests = kv.max_requests or len(needs.seq_lens)
     if max_requests < len(needs.seq_lens):
-        raise ConfigError(f"kv.max_requests={max_requests}: the workload has {len(needs.seq_lens)} requests at once")
+        raise ConfigError(
+            f"kv.max_requests={max_requests}: the workload has {len(needs.seq_lens)} requests at once"
+        )
     shape = {
         "num_layers": len(specs),
         "num_kv_heads": spec.num_kv_heads,
@@ -153,7 +155,11 @@ def create_cache(
 
 
 def build_engine(
-    config: Config, needs: Needs, specs: Sequence[AttentionSpec], device: torch.device, make_model: ModelFactory
+    config: Config,
+    needs: Needs,
+    specs: Sequence[AttentionSpec],
+    device: torch.device,
+    make_model: ModelFactory,
 ) -> Engine:
     """Backend first, since it may refuse, then memory, then the model, then how decode steps run."""
     notes: list[str] = []

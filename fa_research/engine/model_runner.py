@@ -63,7 +63,9 @@ class ModelRunner:
         last_B = metadata.cu_seqlens_q_B1[1:].long() - 1
         return self.model.compute_logits(hidden_TE[last_B])
 
-    def extend(self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int] | Tensor]) -> Tensor | None:
+    def extend(
+        self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int] | Tensor]
+    ) -> Tensor | None:
         """Extend each request by its new tokens; logits [B, vocabulary] of the last ones."""
         return self.extend_pass(self.prepare_extend(requests, new_tokens))
 

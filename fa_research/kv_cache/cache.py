@@ -59,7 +59,9 @@ class PagedKVCache:
             for capacity, seq_len in zip(capacities, seq_lens, strict=True)
         ]
         pages = self.allocator.alloc(sum(counts))
-        rows, indices, taken = [], [], 0
+        rows: list[int] = []
+        indices: list[int] = []
+        taken = 0
         for request, count in zip(requests, counts, strict=True):
             rows += [request.row] * count
             indices += range(len(request.pages), len(request.pages) + count)
@@ -90,7 +92,9 @@ class PagedKVCache:
 
     def close(self, request: CachedRequest) -> None:
         """Give back the request's row and its pages (those that no other request shares become free)."""
-        assert self.requests.get(request.row) is request, f"the request is not open, row {request.row} is another's or free"
+        assert self.requests.get(request.row) is request, (
+            f"the request is not open, row {request.row} is another's or free"
+        )
         del self.requests[request.row]
         self.allocator.free(request.pages)
         self.req_to_token.free(request.row)

@@ -43,7 +43,13 @@ class TokenToKVPool:
 
     @staticmethod
     def bytes_per_page(
-        page_size: int, *, num_layers: int, num_kv_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype
+        page_size: int,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        v_head_dim: int,
+        dtype: torch.dtype,
     ) -> int:
         """Bytes that one page takes over all layers, keys and values."""
         return page_size * num_layers * num_kv_heads * (head_dim + v_head_dim) * dtype.itemsize

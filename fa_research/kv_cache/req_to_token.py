@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fa_research.errors import ConfigError
 
@@ -14,7 +13,9 @@ class ReqToTokenPool:
     """`req_to_token` is int32 [max_requests + 1, W] on the device. Row 0 is never handed out: the padded entries of
     a CUDA-graph batch point at it, and it points at page 0."""
 
-    def __init__(self, max_requests: int, max_context_len: int, *, page_size: int, device: torch.device | str) -> None:
+    def __init__(
+        self, max_requests: int, max_context_len: int, *, page_size: int, device: torch.device | str
+    ) -> None:
         self.max_requests = max_requests
         self.max_context_len = max_context_len
         self.page_size = page_size
@@ -44,7 +45,9 @@ class ReqToTokenPool:
         if not rows:
             return
         device = self.req_to_token.device
-        update = torch.tensor([rows, page_indices, pages], dtype=torch.int64, pin_memory=device.type == "cuda")
+        update = torch.tensor(
+            [rows, page_indices, pages], dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
         row, index, page = update.to(device, non_blocking=True)
         table_RPS = self.req_to_token.view(self.max_requests + 1, -1, self.page_size)
         offsets_S = torch.arange(self.page_size, dtype=torch.int32, device=device)

@@ -5,7 +5,6 @@ A new mask is one new file in this folder that defines one frozen dataclass deri
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pkgutil
 from functools import cache
@@ -36,7 +35,7 @@ def build(name: str, size: int | None = None) -> Mask:
     cls = _registry().get(name)
     if cls is None:
         raise ValueError(f"mask name={name!r} is unknown; choose one of {', '.join(names())}")
-    takes_size = any(f.name == "size" for f in dataclasses.fields(cls))
+    takes_size = "size" in cls.__dataclass_fields__
     if takes_size and size is None:
         raise ValueError(f"mask name={name} needs size (tokens), for instance size=1024")
     if not takes_size and size is not None:

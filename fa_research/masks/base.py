@@ -32,6 +32,7 @@ class Mask(ABC):
 
     __slots__ = ()
     name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @abstractmethod
     def allows(self, q_pos: Any, k_pos: Any) -> Any:

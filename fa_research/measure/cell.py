@@ -70,8 +70,16 @@ def measure(engine: Engine, workload: Workload, timer: Timer, tick: Tick) -> Mea
 
 def _memory(engine: Engine) -> dict[str, Any]:
     cache = engine.cache
-    weights = sum(p.nbytes for p in engine.runner.model.parameters()) if isinstance(engine.runner.model, nn.Module) else 0
-    return {"kv_pool_bytes": cache.kv.num_bytes, "kv_num_pages": cache.allocator.num_pages, "model_weight_bytes": weights}
+    weights = (
+        sum(p.nbytes for p in engine.runner.model.parameters())
+        if isinstance(engine.runner.model, nn.Module)
+        else 0
+    )
+    return {
+        "kv_pool_bytes": cache.kv.num_bytes,
+        "kv_num_pages": cache.allocator.num_pages,
+        "model_weight_bytes": weights,
+    }
 
 
 def _attention_parts(
@@ -84,9 +92,14 @@ def _attention_parts(
     table, layers = engine.runner.req_to_token_RW, range(len(engine.specs))
     q, k, v = (tensor[: batch.num_tokens] for tensor in (stack.q_THD, stack.k_TKD, stack.v_TKV))
     attend = PagedAttention(backend, engine.cache.kv, batch, backend.lowerings)
+
+    def write() -> None:
+        for layer_id in layers:
+            attend.write(layer_id, q, k, v, None)
+
     parts: dict[str, Callable[[], object]] = {
         "metadata": lambda: backend.init_forward_metadata(batch, table),
-        "kv_write": lambda: [attend.write(layer_id, q, k, v, None) for layer_id in layers],
+        "kv_write": write,
         "attention": lambda: [attend.read(layer_id, q, stack.sinks_H) for layer_id in layers],
     }
     with torch.inference_mode():

@@ -28,7 +28,12 @@ class OracleAttention:
     tokens' own. Nothing is written."""
 
     def __init__(
-        self, specs: Sequence[AttentionSpec], kv: TokenToKVPool, slots_N: Tensor, num_tokens: int, dtype: torch.dtype
+        self,
+        specs: Sequence[AttentionSpec],
+        kv: TokenToKVPool,
+        slots_N: Tensor,
+        num_tokens: int,
+        dtype: torch.dtype,
     ) -> None:
         self._specs, self._kv, self._slots_N, self._dtype = specs, kv, slots_N, dtype
         prefix_len = slots_N.shape[0]
@@ -134,7 +139,7 @@ def check_attention(engine: Engine, done: Pass, max_requests: int) -> Verdict:
                     attention(q, k, v, positions, spec, sinks_H=stack.sinks_H, compute_dtype=dtype)[0]
                     for dtype in (engine.dtype, torch.float64)
                 )
-                yield stack.outputs[layer_id][rows], baseline, reference
+                yield stack.outputs[done.num_tokens][layer_id][rows], baseline, reference
 
     return judge(triples())
 

@@ -29,7 +29,11 @@ class Timing:
 
     def metrics(self, name: str) -> dict[str, float]:
         """Median, 10th and 90th percentile, count, as columns named after `name`."""
-        deciles = quantiles(self.samples_us, n=10, method="inclusive") if len(self.samples_us) > 1 else [self.samples_us[0]] * 9
+        deciles = (
+            quantiles(self.samples_us, n=10, method="inclusive")
+            if len(self.samples_us) > 1
+            else [self.samples_us[0]] * 9
+        )
         return {
             f"{name}_us": self.median_us,
             f"{name}_p10_us": deciles[0],
@@ -80,7 +84,7 @@ class Timer:
         for _ in range(self.warmup):
             run()
         self.synchronize()
-        events = []
+        events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         deadline = time.monotonic() + self.max_seconds
         while len(events) < samples and (len(events) < 2 or time.monotonic() < deadline):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -42,4 +42,6 @@ def _keys_and_scores(spec: AttentionSpec, seq_len: int, extend_len: int) -> tupl
         max(p - band.window + 1 if band.window else 0, p // band.chunk * band.chunk if band.chunk else 0, 0)
         for p in range(first, seq_len)
     ]
-    return seq_len - begins[0], sum(p + 1 - begin for p, begin in zip(range(first, seq_len), begins, strict=True))
+    return seq_len - begins[0], sum(
+        p + 1 - begin for p, begin in zip(range(first, seq_len), begins, strict=True)
+    )

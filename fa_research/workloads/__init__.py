@@ -36,5 +36,7 @@ def create(config: Config) -> Workload:
     """The workload that `config.workload.name` names. Raises ConfigError for an unknown name."""
     cls = _registry().get(config.workload.name)
     if cls is None:
-        raise ConfigError(f"workload.name={config.workload.name} is unknown; choose one of {', '.join(names())}")
+        raise ConfigError(
+            f"workload.name={config.workload.name} is unknown; choose one of {', '.join(names())}"
+        )
     return cls(config)

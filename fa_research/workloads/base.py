@@ -32,12 +32,13 @@ class Case:
 
 @dataclass(slots=True)
 class Pass:
-    """One forward pass as the host sees it; `extend_lens` are 1 for decode. `first_query` is where each request's queries
-    start in the ragged batch."""
+    """One forward pass as the host sees it; `extend_lens` are 1 for decode. `num_tokens` counts what ran, padded entries
+    too; `first_query` is where each request's queries start in the ragged batch."""
 
     rows: list[int]
     seq_lens: list[int]
     extend_lens: list[int]
+    num_tokens: int
 
     @property
     def first_query(self) -> list[int]:

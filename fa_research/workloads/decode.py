@@ -8,7 +8,16 @@ import torch
 
 from fa_research.batch import ForwardBatch
 from fa_research.engine.engine import Engine, Needs
-from fa_research.workloads.base import Case, Pass, Unit, Workload, fill_context, open_with_context, pick, random_tokens
+from fa_research.workloads.base import (
+    Case,
+    Pass,
+    Unit,
+    Workload,
+    fill_context,
+    open_with_context,
+    pick,
+    random_tokens,
+)
 
 
 class Decode(Workload):
@@ -24,7 +33,9 @@ class Decode(Workload):
         return [options.context_len, *lens[1:]]
 
     def needs(self) -> Needs:
-        return Needs(tuple(length + self.steps_to_time for length in self._context_lens()), self.options.batch_size)
+        return Needs(
+            tuple(length + self.steps_to_time for length in self._context_lens()), self.options.batch_size
+        )
 
     def prepare(self, engine: Engine) -> None:
         self.engine = engine
@@ -61,7 +72,8 @@ class Decode(Workload):
     def current_pass(self) -> Pass:
         self.decoder.flush()
         size = len(self.requests)
-        return Pass([r.row for r in self.requests], [r.seq_len for r in self.requests], [1] * size)
+        rows, lens = [r.row for r in self.requests], [r.seq_len for r in self.requests]
+        return Pass(rows, lens, [1] * size, self.decoder.padded_size)
 
     def batch(self) -> ForwardBatch:
         lens = self.current_pass().seq_lens

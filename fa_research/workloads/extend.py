@@ -9,7 +9,16 @@ from torch import Tensor
 
 from fa_research.batch import ForwardBatch
 from fa_research.engine.engine import Engine, Needs
-from fa_research.workloads.base import Case, Pass, Unit, Workload, fill_context, open_with_context, pick, random_tokens
+from fa_research.workloads.base import (
+    Case,
+    Pass,
+    Unit,
+    Workload,
+    fill_context,
+    open_with_context,
+    pick,
+    random_tokens,
+)
 
 
 class _RaggedPass(Workload):
@@ -51,7 +60,8 @@ class _RaggedPass(Workload):
 
     def current_pass(self) -> Pass:
         extend_lens = [new for _, new in self._lens()]
-        return Pass([r.row for r in self.requests], [r.seq_len for r in self.requests], extend_lens)
+        rows, lens = [r.row for r in self.requests], [r.seq_len for r in self.requests]
+        return Pass(rows, lens, extend_lens, self._batch.num_tokens)
 
     def batch(self) -> ForwardBatch:
         return self._batch

@@ -46,7 +46,9 @@ class Text(Workload):
     def units(self) -> list[Unit]:
         size, steps = self.options.batch_size, int(self.options.steps)
         return [
-            Unit("prefill", self._prefill, size * self.options.prompt_len, min(5, self.config.measure.repeats)),
+            Unit(
+                "prefill", self._prefill, size * self.options.prompt_len, min(5, self.config.measure.repeats)
+            ),
             Unit("decode_step", self.decoder.step, size, steps, host_time=True),
         ]
 
@@ -93,7 +95,8 @@ class Text(Workload):
     def current_pass(self) -> Pass:
         self.decoder.flush()
         size = len(self.requests)
-        return Pass([r.row for r in self.requests], [r.seq_len for r in self.requests], [1] * size)
+        rows, lens = [r.row for r in self.requests], [r.seq_len for r in self.requests]
+        return Pass(rows, lens, [1] * size, self.decoder.padded_size)
 
     def batch(self) -> ForwardBatch:
         return self.decoder.state.batch(len(self.requests), max(self.current_pass().seq_lens))
