@@ -16,7 +16,7 @@ test: lint
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy fa_research
+	$(PY) -m mypy fa_research hydra_plugins run.py
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

@@ -6,8 +6,7 @@ import logging
 import os
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,11 +17,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_research.config import config_hash, load_config, to_plain
+from fa_research.config import load_config, to_plain
 from fa_research.config.explain import explain
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
-from fa_research.errors import FaResearchError, KVCacheFull, Refusal
+from fa_research.errors import FaResearchError
+from fa_research.sweep import gather, record_failure
 
 if TYPE_CHECKING:
     from fa_research.tracking import Row
@@ -57,11 +57,10 @@ _wants_traceback = False
 def launch(main: Callable[[], Any]) -> None:
     """Run a function that `hydra.main` made; errors of composition become one line and exit code 2."""
     global _wants_traceback
-    if {"-h", "--help"} & set(
-        sys.argv[1:]
-    ):  # Hydra's own takes a second longer: it scans all groups, also its own
+    # Hydra's own help takes a second longer: it scans all groups, its own too
+    if {"-h", "--help"} & set(sys.argv[1:]):
         print(
-            HELP.format(groups="\n".join(f"  {group:<11} {', '.join(choices(group))}" for group in GROUPS)),
+            HELP.format(groups="\n".join(f"  {name:<11} {', '.join(choices(name))}" for name in GROUPS)),
             end="",
         )
         return
@@ -73,7 +72,7 @@ def launch(main: Callable[[], Any]) -> None:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if _wants_traceback:
             raise
-        _exit_with(explain(error))
+        _exit_with(str(error) if isinstance(error, FaResearchError) else explain(error))
     except KeyboardInterrupt:
         print("interrupted; the rows made so far are on disk", file=sys.stderr)
         raise SystemExit(130) from None
@@ -93,69 +92,38 @@ def run_one(cfg: DictConfig) -> Row:
         from fa_research.runner import run_cell
 
         row = run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun)
-    except FaResearchError as error:
-        row = _record_failure(cfg, output_dir, error)
-        if not multirun:
-            if _wants_traceback:
-                raise
-            _exit_with(str(error))
     except Exception as error:
-        log.exception("the run failed")
-        row = _record_failure(cfg, output_dir, error)
+        row = record_failure(output_dir, error, cfg)
+        if not multirun and _wants_traceback:
+            raise
+        if _is_plain(row, error):
+            if not multirun:
+                _exit_with(str(error), exit_code([row]))
+        else:
+            log.exception("the run failed")
     if not multirun and (code := exit_code([row])):
         raise SystemExit(code)
     return row
 
 
+def _is_plain(row: Row, error: Exception) -> bool:
+    """Whether the message says all: what a user can cause, and memory that ran out. The rest keeps its traceback."""
+    return isinstance(error, FaResearchError) or str(row.status) == "oom"
+
+
 def exit_code(rows: Iterable[Row], sweep: bool = False) -> int:
     """0 if the results stand. In a sweep a cell that cannot run is a result; a wrong or broken one never is."""
-    from fa_research.tracking import Status
-
-    statuses = {row.status for row in rows}
-    if statuses & {Status.error, Status.inaccurate}:
+    statuses = {str(row.status) for row in rows}
+    if statuses & {"error", "inaccurate"}:
         return FAILED
     if sweep:
         return 0
-    return FAILED if Status.oom in statuses else USER_ERROR if Status.unsupported in statuses else 0
+    return FAILED if "oom" in statuses else USER_ERROR if "unsupported" in statuses else 0
 
 
-def _record_failure(cfg: DictConfig, output_dir: Path, error: Exception) -> Row:
-    """The row of a cell that raised, written unless the runner wrote one already."""
-    from fa_research.tracking import ROWS_FILE, Row, RowWriter, Status, environment, read_rows
-
-    status = Status.error
-    if isinstance(error, Refusal):
-        status = Status.unsupported
-    elif isinstance(error, KVCacheFull) or type(error).__name__ == "OutOfMemoryError":
-        status = Status.oom
-    path = output_dir / ROWS_FILE
-    if path.exists() and (written := read_rows(path)):
-        return written[-1]
-    row = Row(status=status, reasons=_reasons(error), environment=environment())
-    try:
-        row.config, row.config_hash = to_plain(cfg), config_hash(cfg)
-    except OmegaConfBaseException as unresolved:
-        row.notes.append(explain(unresolved))
-    try:
-        with RowWriter(path) as writer:
-            writer.write(row)
-    except OSError as unwritable:
-        log.error("cannot write %s: %s", path, unwritable)
-    return row
-
-
-def _reasons(error: Exception) -> list[str]:
-    if isinstance(error, Refusal):
-        return [str(error)] if not error.reasons else list(error.reasons)
-    if isinstance(error, FaResearchError):
-        return [str(error)]
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return [f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"]
-
-
-def _exit_with(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(USER_ERROR)
+def _exit_with(message: str, code: int = USER_ERROR) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 class RunCallback(Callback):
@@ -193,32 +161,3 @@ def _check_folder(config: DictConfig, key: str) -> None:
         _exit_with(
             f"cannot write to {key}={folder}: {error.strerror}; give a writable folder, as in {key}=/tmp/run"
         )
-
-
-def gather(sweep_dir: Path) -> list[Row]:
-    """The rows of all cells of a sweep in job order, written to its rows.jsonl too; a cell without a row is logged."""
-    from fa_research.tracking import ROWS_FILE, RowWriter, read_rows
-
-    rows: list[Row] = []
-    for job in _jobs(sweep_dir):
-        found = read_rows(job / ROWS_FILE) if (job / ROWS_FILE).exists() else []
-        if not found:
-            log.warning("%s has no row: its process ended before it could write one", job)
-        rows.extend(found)
-    target, new = sweep_dir / ROWS_FILE, sweep_dir / (ROWS_FILE + ".new")
-    new.unlink(missing_ok=True)
-    with RowWriter(new) as writer:
-        for row in rows:
-            writer.write(row)
-    new.replace(target)  # whole or not at all
-    return rows
-
-
-def _jobs(sweep_dir: Path) -> Iterator[Path]:
-    """The folders of a sweep's cells, by job number where they have one."""
-    folders = {path.parent for path in sweep_dir.rglob(".hydra")}
-    folders |= {path.parent for path in sweep_dir.rglob("rows.jsonl")} - {sweep_dir}
-    yield from sorted(
-        folders,
-        key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0, path),
-    )

@@ -25,7 +25,8 @@ FLOORS: dict[str, int] = {
     "measure": 8,
     "tracking": 9,
     **dict.fromkeys(["runner", "compare"], 10),
-    "cli": 11,
+    "sweep": 11,
+    "cli": 12,
 }
 LEAVES = {"errors", "kernels"}  # import nothing else of the package
 HEAVY = {

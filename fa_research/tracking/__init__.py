@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fa_research.tracking.environment import environment
+from fa_research.tracking.failures import failed_row
 from fa_research.tracking.records import ROWS_FILE, Row, RowWriter, Status, read_rows
 from fa_research.tracking.screen import CONSOLE, print_table, progress
 from fa_research.tracking.wandb_mirror import WandbMirror, wandb_run
@@ -15,6 +16,7 @@ __all__ = [
     "Status",
     "WandbMirror",
     "environment",
+    "failed_row",
     "print_table",
     "progress",
     "read_rows",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -89,14 +90,14 @@ def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_m
     """Print one row as a list of its metrics, several as a table of what varies between their configs.
 
     Args:
-        metrics: names of the columns; None takes the first `max_metrics` that rows have, in their own order.
+        metrics: names of the columns; None takes the first `max_metrics` of the main ones.
     """
     if not rows:
         CONSOLE.print("no rows")
     elif len(rows) == 1:
         _print_one(rows[0])
     else:
-        CONSOLE.print(_table(rows, metrics or _metric_names(rows)[:max_metrics]))
+        CONSOLE.print(_table(rows, metrics or _main_metrics(rows)[:max_metrics]))
         for number, row in enumerate(rows):
             for line in [*row.reasons, *row.notes]:
                 CONSOLE.print(Text(f"#{number} {row.status}: {line}"))
@@ -133,19 +134,32 @@ def _table(rows: Sequence[Row], metrics: Sequence[str]) -> Table:
     return table
 
 
-def _metric_names(rows: Sequence[Row]) -> list[str]:
-    """Every metric's name, in the order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+def _main_metrics(rows: Sequence[Row]) -> list[str]:
+    """Names of the numbers worth a column, in the order of first appearance: no percentiles, counts or settings."""
+    names = dict.fromkeys(
+        name for row in rows for name, value in row.metrics.items() if isinstance(value, int | float)
+    )
+    return [name for name in names if not re.search(r"_(p\d+_\w+|count)$", name)]
 
 
 def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Dotted keys whose values differ between configs; a key that some configs lack varies too."""
-    flat = [_flat(config) for config in configs]
+    """Dotted keys whose values differ between configs; a key that some configs lack varies too.
+
+    Where a group's `name` varies, what comes with each name (the sizes of each model, the keys of each workload) is left
+    out unless it differs between configs of one name.
+    """
+    flat = [_flat(config) for config in configs if config]
     keys = dict.fromkeys(key for config in flat for key in config)
-    absent = object()
-    return [
-        key for key in keys if any(config.get(key, absent) != flat[0].get(key, absent) for config in flat)
-    ]
+    return [key for key in keys if _varies(flat, key)]
+
+
+def _varies(configs: Sequence[dict[str, Any]], key: str) -> bool:
+    group, _, rest = key.partition(".")
+    by_name: dict[str, set[str]] = {}
+    for config in configs:
+        name = str(config.get(f"{group}.name")) if rest != "name" else ""
+        by_name.setdefault(name, set()).add(repr(config.get(key, "absent")))
+    return any(len(values) > 1 for values in by_name.values())
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

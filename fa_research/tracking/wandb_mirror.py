@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fa_research.config import Config, TrackingMode
+from fa_research.tracking.failures import failed_row
 from fa_research.tracking.records import Row, Status
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def wandb_run(
     multirun: bool = False,
     config_hash: str = "",
 ) -> Iterator[WandbMirror]:
-    """One W&B run for one cell, under `output_dir`/wandb; an exception from the body marks it as failed.
+    """One W&B run for one cell, under `output_dir`/wandb; an exception from the body is mirrored as a failed row.
 
     Args:
         resolved: the config as plain data. W&B refuses OmegaConf's own types.
@@ -125,7 +126,11 @@ def wandb_run(
         mirror = _open(config, mode, output_dir, {"config": resolved, "group": group, "name": name})
     try:
         yield mirror
-    except BaseException:
+    except Exception as error:
+        mirror.log_row(failed_row(error, resolved, config_hash))
+        mirror.finish(mirror.exit_code)
+        raise
+    except BaseException:  # interrupted
         mirror.finish(exit_code=1)
         raise
     mirror.finish(exit_code=mirror.exit_code)

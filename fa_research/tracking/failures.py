@@ -1,0 +1,35 @@
+"""How an exception becomes a row."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from fa_research.errors import FaResearchError, KVCacheFull, Refusal
+from fa_research.tracking.records import Row, Status
+
+
+def failed_row(error: BaseException, config: dict[str, Any] | None = None, config_hash: str = "") -> Row:
+    """The row of a cell that raised: unsupported where a backend refused, oom where memory ran out, else error."""
+    return Row(_status(error), config=config or {}, config_hash=config_hash, reasons=_reasons(error))
+
+
+def _status(error: BaseException) -> Status:
+    if isinstance(error, Refusal):
+        return Status.unsupported
+    # torch's class by name, so that telling it apart needs no torch
+    if isinstance(error, KVCacheFull | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return Status.oom
+    return Status.error
+
+
+def _reasons(error: BaseException) -> list[str]:
+    if isinstance(error, Refusal) and error.reasons:
+        return list(error.reasons)
+    text = " ".join(str(error).split())
+    if isinstance(error, FaResearchError):
+        return [text]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return [f"{type(error).__name__}: {text}{place}"]

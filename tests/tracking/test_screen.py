@@ -1,0 +1,138 @@
+"""The screen: clean in a pipe, one console on a terminal, tables of what varies."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fa_research.tracking import Row, Status, print_table
+from fa_research.tracking.screen import format_value, varying_keys
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROGRESS = """
+import logging
+from fa_research.tracking.screen import CONSOLE, log_handler, progress
+logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log_handler()])
+with progress("timing", 3) as advance:
+    for step in range(3):
+        logging.getLogger("x").info("a log line of step %d " + "with much text " * 20 + "end", step)
+        with progress("inner", 2) as inner:
+            inner()
+            inner(1)
+        advance()
+CONSOLE.print("done")
+"""
+
+
+def test_in_a_pipe_there_are_whole_lines_and_no_control_characters() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRESS], cwd=ROOT, capture_output=True, check=True)
+    assert b"\r" not in done.stdout
+    assert b"\x1b" not in done.stdout
+    lines = done.stdout.decode().splitlines()
+    assert sum(line.startswith("a log line") and line.endswith("end") for line in lines) == 3
+    assert lines[-1] == "done"
+    assert done.stderr == b""
+
+
+def test_on_a_terminal_a_bar_is_drawn_and_log_lines_stay_whole() -> None:
+    controller, terminal = pty.openpty()
+    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "400", "LINES": "50"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", PROGRESS], cwd=ROOT, stdout=terminal, stderr=terminal, env=env
+    )
+    os.close(terminal)
+    output = b""
+    try:
+        while chunk := os.read(controller, 65536):
+            output += chunk
+    except OSError:  # Linux reports the closed terminal so
+        pass
+    finally:
+        os.close(controller)
+    assert child.wait() == 0
+    assert b"timing" in output
+    assert b"3/3" in output
+    assert output.count(b"end") == 3
+    assert b"Traceback" not in output
+
+
+def test_a_sweep_shows_what_varies_with_statuses_metrics_and_reasons(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = {"backend": {"name": "torch"}, "kv": {"page_size": 1, "churn": True}}
+    other = {"backend": {"name": "fa3"}, "kv": {"page_size": 1, "churn": True}}
+    print_table(
+        [
+            Row(Status.ok, config=base, metrics={"decode_us": 12.3456, "bytes": 1234567}),
+            Row(Status.unsupported, config=other, reasons=["no Hopper GPU"]),
+        ]
+    )
+    shown = capsys.readouterr().out
+    for part in (
+        "backend.name",
+        "torch",
+        "fa3",
+        "decode_us",
+        "12.35",
+        "1,234,567",
+        "unsupported",
+        "no Hopper GPU",
+    ):
+        assert part in shown
+    assert "churn" not in shown
+    assert "page_size" not in shown
+
+
+def test_one_row_shows_every_metric_and_check(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {f"metric_{i}_us": float(i) for i in range(12)}
+    print_table([Row(Status.ok, metrics=metrics, checks={"oracle": {"max_err": 0.25}}, notes=["padded"])])
+    shown = capsys.readouterr().out
+    for part in (*metrics, "check.oracle.max_err", "0.25", "padded", "ok"):
+        assert part in shown
+
+
+def test_text_with_brackets_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Row(Status.error, config={"a": i}, reasons=["sizes [bold]1, 2[/]"]) for i in range(2)]
+    print_table(rows)
+    assert "sizes [bold]1, 2[/]" in capsys.readouterr().out
+
+
+def test_no_rows_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([])
+    assert "no rows" in capsys.readouterr().out
+
+
+def test_a_key_that_only_some_configs_have_varies() -> None:
+    assert varying_keys([{"w": {"a": 1, "b": 2}}, {"w": {"a": 1}}, {"w": {"a": 1, "c": [1]}}]) == [
+        "w.b",
+        "w.c",
+    ]
+    assert varying_keys([{"w": 1}, {"w": 1}, {}]) == []
+
+
+def test_what_comes_with_a_name_is_left_out_unless_it_varies_for_one_name() -> None:
+    tiny, big = {"name": "tiny", "layers": 2, "heads": 4}, {"name": "big", "layers": 80, "heads": 64}
+    assert varying_keys([{"model": tiny}, {"model": big}]) == ["model.name"]
+    wide = tiny | {"heads": 8}
+    assert varying_keys([{"model": tiny}, {"model": wide}, {"model": big}]) == ["model.name", "model.heads"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "-"),
+        (True, "True"),
+        (1234567, "1,234,567"),
+        (0.000123456, "0.0001235"),
+        (98765.4, "98,765"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_values_are_short(value: object, shown: str) -> None:
+    assert format_value(value) == shown

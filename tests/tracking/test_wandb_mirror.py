@@ -1,0 +1,194 @@
+"""W&B as a mirror: offline runs really made and read back, and failures that cost no row."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fa_research.config import Config, TrackingConfig, TrackingMode, to_plain
+from fa_research.tracking import ROWS_FILE, Row, RowWriter, Status, read_rows, wandb_run
+from fa_research.tracking.wandb_mirror import SERIES_FILE, has_key, resolve_mode
+
+OFFLINE = Config(study="mirror_test", tracking=TrackingConfig(mode=TrackingMode.offline, tags=["tagged"]))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def read_back(run_dir: Path) -> dict[str, Any]:
+    """What W&B's own reader finds in an offline run."""
+    command = [
+        str(Path(sys.executable).with_name("wandb")),
+        "leet",
+        "inspect",
+        "--summary",
+        "--json",
+        str(run_dir),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def runs_of(output_dir: Path) -> list[Path]:
+    return sorted(output_dir.glob("wandb/offline-run-*"))
+
+
+def cell(output_dir: Path, config: Config = OFFLINE, status: Status = Status.ok, **row: Any) -> Row:
+    """What the runner does with one cell."""
+    made = Row(status, config=to_plain(config), config_hash="0a1b2c3d", **row)
+    with (
+        wandb_run(config, resolved=to_plain(config), output_dir=output_dir, config_hash="0a1b2c3d") as mirror,
+        RowWriter(output_dir / ROWS_FILE) as writer,
+    ):
+        mirror.log_series("decode/step_us", "decode/step", [3.0, 4.0, float("nan"), 5.0])
+        mirror.log_row(made)
+        writer.write(made)
+    return made
+
+
+def test_an_offline_run_holds_config_series_and_row(tmp_path: Path) -> None:
+    cell(
+        tmp_path, metrics={"decode_us": 3.5}, checks={"max_err": 1e-3}, notes=["a note"], reasons=["a reason"]
+    )
+    (run_dir,) = runs_of(tmp_path)
+    found = read_back(run_dir)
+    assert found["state"] == "finished"
+    assert found["exit_code"] == 0
+    assert found["config"]["kv"]["page_size"] == OFFLINE.kv.page_size
+    assert found["config"]["cuda_graph"]["batch_sizes"] == OFFLINE.cuda_graph.batch_sizes
+    assert found["config"]["config_hash"] == "0a1b2c3d"
+    assert found["name"] == "auto-text-0a1b2c3d"
+    assert found["project"] == "fa_research"
+    assert set(found["tags"]) == {"mirror_test", "tagged"}
+    assert found["summary"]["status"] == "ok"
+    assert found["summary"]["metrics/decode_us"] == 3.5
+    assert found["summary"]["checks"] == {"max_err": 1e-3}
+    assert (found["summary"]["notes"], found["summary"]["reasons"]) == ("a note", "a reason")
+    assert (found["summary"]["decode/step"], found["summary"]["decode/step_us"]) == (3, 5.0)
+    assert read_rows(tmp_path / ROWS_FILE)[0].notes == ["a note"]
+
+
+def test_series_are_on_disk_too(tmp_path: Path) -> None:
+    cell(tmp_path)
+    (series,) = map(json.loads, (tmp_path / SERIES_FILE).read_text().splitlines())
+    assert series == {
+        "name": "decode/step_us",
+        "step_metric": "decode/step",
+        "steps": [0, 1, 2, 3],
+        "values": [3.0, 4.0, "nan", 5.0],
+    }
+
+
+def test_each_cell_is_a_run_of_its_own(tmp_path: Path) -> None:
+    cells = [tmp_path / "0", tmp_path / "1"]
+    for output_dir in cells:
+        output_dir.mkdir()
+        cell(output_dir)
+    ids = [read_back(runs_of(output_dir)[0])["run_id"] for output_dir in cells]
+    assert len(set(ids)) == 2
+
+
+@pytest.mark.parametrize("status", [Status.error, Status.oom, Status.inaccurate])
+def test_a_failed_cell_is_a_failed_run(tmp_path: Path, status: Status) -> None:
+    cell(tmp_path, status=status)
+    assert read_back(runs_of(tmp_path)[0])["exit_code"] == 1
+
+
+def test_an_exception_marks_the_run_as_failed_and_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), wandb_run(OFFLINE, resolved={}, output_dir=tmp_path):
+        raise RuntimeError("boom")
+    assert read_back(runs_of(tmp_path)[0])["exit_code"] == 1
+
+
+def test_a_w_and_b_that_cannot_start_is_a_note_in_the_row(tmp_path: Path) -> None:
+    (tmp_path / "wandb").write_text("a file where W&B wants its folder")
+    row = cell(tmp_path, metrics={"decode_us": 3.5})
+    assert len(row.notes) == 1
+    assert "W&B could not start" in row.notes[0]
+    (written,) = read_rows(tmp_path / ROWS_FILE)
+    assert written.metrics == {"decode_us": 3.5}
+    assert written.notes == row.notes
+    assert (tmp_path / SERIES_FILE).exists()
+
+
+def test_a_w_and_b_that_dies_in_mid_run_is_a_note_in_the_row(tmp_path: Path) -> None:
+    row = Row(Status.ok, metrics={"decode_us": 3.5})
+    with wandb_run(OFFLINE, resolved={}, output_dir=tmp_path) as mirror:
+        assert mirror._run is not None
+        mirror._run.finish()  # from here on W&B refuses whatever is logged
+        mirror.log_series("decode/step_us", "decode/step", [1.0])
+        mirror.log_row(row)
+    assert any("W&B failed" in note for note in row.notes)
+    assert (tmp_path / SERIES_FILE).exists()
+
+
+def test_online_without_a_network_falls_back_to_offline_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setitem(sys.modules["fa_research.tracking.wandb_mirror"]._SETTINGS, "init_timeout", 2)
+    config = Config(tracking=TrackingConfig(mode=TrackingMode.auto))
+    row = cell(tmp_path, config)
+    assert "mode online" in row.notes[0]
+    assert read_back(runs_of(tmp_path)[-1])["summary"]["status"] == "ok"
+
+
+def test_disabled_imports_no_wandb_but_keeps_series(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from fa_research.config import Config, TrackingConfig, TrackingMode\n"
+        "from fa_research.tracking import wandb_run, Row, Status\n"
+        "config = Config(tracking=TrackingConfig(mode=TrackingMode.disabled))\n"
+        "with wandb_run(config, resolved={}, output_dir=Path(sys.argv[1])) as mirror:\n"
+        "    mirror.log_series('a', 'b', [1.0])\n"
+        "    mirror.log_row(Row(Status.ok))\n"
+        "assert 'wandb' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
+    assert [path.name for path in tmp_path.iterdir()] == [SERIES_FILE]
+
+
+def test_nothing_reaches_the_console(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cell(tmp_path)
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_series_of_unequal_length_are_refused(tmp_path: Path) -> None:
+    config = Config(tracking=TrackingConfig(mode=TrackingMode.disabled))
+    with (
+        wandb_run(config, resolved={}, output_dir=tmp_path) as mirror,
+        pytest.raises(ValueError, match="2 steps for 1 values"),
+    ):
+        mirror.log_series("a", "b", [1.0], steps=[0, 1])
+
+
+@pytest.mark.parametrize("mode", [TrackingMode.online, TrackingMode.offline, TrackingMode.disabled])
+def test_a_mode_that_was_asked_for_stays(mode: TrackingMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode(mode) is mode
+
+
+def test_auto_is_online_only_where_a_key_is_configured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert not has_key()
+    assert resolve_mode(TrackingMode.auto) is TrackingMode.offline
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert resolve_mode(TrackingMode.auto) is TrackingMode.online
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode(TrackingMode.auto) is TrackingMode.disabled
+
+
+def test_a_key_in_netrc_counts_for_its_host_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine wandb.example.org login user password " + "0" * 40 + "\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert not has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert has_key()
