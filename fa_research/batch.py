@@ -27,10 +27,10 @@ class ForwardBatch:
     """What one forward pass works on. All tensors are on the device.
 
     input_ids_T, positions_T, out_cache_loc_T: int64. req_pool_indices_B, seq_lens_B (new tokens included),
-    extend_seq_lens_B (None for DECODE, where each is 1): int32. max_seq_len_q/k are host numbers, so no kernel launch
-    waits for the device; in a captured step max_seq_len_k is the largest length that a replay may reach.
-    extend_seq_lens_cpu and seq_lens_cpu are the host's copies (empty where only the device knows: decode steps).
-    """
+    extend_seq_lens_B (None for DECODE, where each is 1): int32. max_seq_len_q/k are host numbers, so no
+    kernel launch waits for the device; in a captured step max_seq_len_k is the largest length that a replay
+    may reach. extend_seq_lens_cpu and seq_lens_cpu are the host's copies (empty where only the device knows:
+    decode steps)."""
 
     mode: ForwardMode
     input_ids_T: Tensor
@@ -59,12 +59,12 @@ def extend_batch(
     prefix_lens: Sequence[int],
     new_tokens: Sequence[Sequence[int] | Tensor],
 ) -> ForwardBatch:
-    """The EXTEND (or, where some requests gain one token and others many, MIXED) batch in which request `rows[i]` has
-    `prefix_lens[i]` tokens in the cache and gains `new_tokens[i]`. The table must hold slots for all of them.
+    """The EXTEND (or, where some requests gain one token and others many, MIXED) batch in which request
+    `rows[i]` has `prefix_lens[i]` tokens in the cache and gains `new_tokens[i]`. The table must hold slots
+    for all of them.
 
-    The host's numbers travel in one pinned copy; slots are looked up on the device. Raises ValueError for a request
-    without new tokens.
-    """
+    The host's numbers travel in one pinned copy; slots are looked up on the device. Raises ValueError for a
+    request without new tokens."""
     extend_lens = tuple(len(tokens) for tokens in new_tokens)
     if not extend_lens or min(extend_lens) < 1:
         raise ValueError(
@@ -100,7 +100,8 @@ def _upload(
     seq_lens: Sequence[int],
     extend_lens: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """[3, T] (token ids, positions, rows) and [3, B] (rows, lengths, new lengths), int64, in one host-to-device copy."""
+    """[3, T] (token ids, positions, rows) and [3, B] (rows, lengths, new lengths), int64, in one
+    host-to-device copy."""
     num_tokens, num_requests = sum(extend_lens), len(rows)
     staging = torch.empty(
         3 * (num_tokens + num_requests), dtype=torch.int64, pin_memory=device.type == "cuda"

@@ -1,4 +1,5 @@
-"""`FlashAttentionMetadata`: what the attention kernels of every layer need to know of a batch, built once per pass.
+"""`FlashAttentionMetadata`: what the attention kernels of every layer need to know of a batch, built once per
+pass.
 
 Legend: B requests, B1 = B + 1, P pages (width of the page table), R request rows, W table width in slots.
 """
@@ -19,10 +20,9 @@ from fa_research.kernels import ops
 class FlashAttentionMetadata:
     """Int32 tensors on the device, and host numbers.
 
-    cache_seqlens_int32_B: tokens in the cache per request, the new ones included. cu_seqlens_q_B1, cu_seqlens_k_B1:
-    cumulative lengths. page_table_BP: page ids; entries past a request's pages are whatever was there before.
-    plans: what a backend planned for this pass, by attention spec.
-    """
+    cache_seqlens_int32_B: tokens in the cache per request, the new ones included. cu_seqlens_q_B1,
+    cu_seqlens_k_B1: cumulative lengths. page_table_BP: page ids; entries past a request's pages are whatever
+    was there before. plans: what a backend planned for this pass, by attention spec."""
 
     cache_seqlens_int32_B: Tensor
     cu_seqlens_q_B1: Tensor
@@ -41,8 +41,8 @@ class FlashAttentionMetadata:
     def allocate(
         cls, batch_size: int, max_seq_len_k: int, page_size: int, device: torch.device | str
     ) -> FlashAttentionMetadata:
-        """Buffers for `batch_size` requests of up to `max_seq_len_k` tokens, zeroed: a page id that nobody wrote is the
-        sink page, never out of the pool."""
+        """Buffers for `batch_size` requests of up to `max_seq_len_k` tokens, zeroed: a page id that nobody
+        wrote is the sink page, never out of the pool."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
@@ -51,7 +51,8 @@ class FlashAttentionMetadata:
         return cls(zeros(batch_size), zeros(batch_size + 1), zeros(batch_size + 1), table, page_size)
 
     def head(self, batch_size: int) -> FlashAttentionMetadata:
-        """The first `batch_size` requests of the same buffers (one static set serves every captured batch size)."""
+        """The first `batch_size` requests of the same buffers (one static set serves every captured batch
+        size)."""
         return FlashAttentionMetadata(
             self.cache_seqlens_int32_B[:batch_size],
             self.cu_seqlens_q_B1[: batch_size + 1],
@@ -64,8 +65,8 @@ class FlashAttentionMetadata:
 def fill_metadata(
     out: FlashAttentionMetadata, batch: ForwardBatch, req_to_token_RW: Tensor, page_size: int
 ) -> None:
-    """Write the batch into `out`: one kernel on the GPU, no allocation, no host synchronisation. Eager passes call it on
-    fresh buffers, captured passes on the static ones; there is no second version of this code."""
+    """Write the batch into `out`: one kernel on the GPU, no allocation, no host synchronisation. Eager passes
+    call it on fresh buffers, captured passes on the static ones; there is no second version of this code."""
     assert out.batch_size == batch.batch_size and out.page_size == page_size
     assert out.page_table_BP.shape[1] * page_size >= batch.max_seq_len_k, (
         "the page table is narrower than the longest request"

@@ -1,8 +1,7 @@
 """What a layer asks of an attention backend, and what a backend says it can do. Plain data, no torch.
 
-`AttentionSpec` is one layer's attention as a value (the idea of attention-gym and FlexAttention: variants are data).
-`Capabilities` is one backend's answer; `fa_research.attention.lowering` brings the two together.
-"""
+`AttentionSpec` is one layer's attention as a value (the idea of attention-gym and FlexAttention: variants are
+data). `Capabilities` is one backend's answer; `fa_research.attention.lowering` brings the two together."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ class GraphSupport(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """One layer's attention: head counts, head dims (elements), softmax scale, score softcap (0 = none), mask,
-    KV layout, and whether each query head has a learned sink logit (gpt-oss)."""
+    """One layer's attention: head counts, head dims (elements), softmax scale, score softcap (0 = none),
+    mask, KV layout, and whether each query head has a learned sink logit (gpt-oss)."""
 
     num_heads: int
     num_kv_heads: int
@@ -43,7 +42,8 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads} (grouped-query attention)"
+                f"num_heads={self.num_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads} (grouped-query attention)"
             )
 
 

@@ -1,7 +1,8 @@
-"""Attention as its definition says: the mask's own predicate, a softmax, a sum. The oracle, and the `torch` backend.
+"""Attention as its definition says: the mask's own predicate, a softmax, a sum. The oracle, and the `torch`
+backend.
 
-Legend: Q queries of one request, T keys of one request, H query heads, K KV heads, G = H / K, D head dim, V value dim.
-"""
+Legend: Q queries of one request, T keys of one request, H query heads, K KV heads, G = H / K, D head dim, V
+value dim."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ def attention(
     sinks_H: Tensor | None = None,
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Output [Q, H, V] and LSE [Q, H] (natural, without the sink), both in `compute_dtype`, of one request whose keys are
-    at positions 0..T-1. A query that sees no key yields 0 and -inf."""
+    """Output [Q, H, V] and LSE [Q, H] (natural, without the sink), both in `compute_dtype`, of one request
+    whose keys are at positions 0..T-1. A query that sees no key yields 0 and -inf."""
     rows = max(1, _SCORE_BYTES // max(1, k_TKD.shape[0] * spec.num_heads * compute_dtype.itemsize))
     k_KTD = k_TKD.to(compute_dtype).transpose(0, 1)
     v_KTV = v_TKV.to(compute_dtype).transpose(0, 1)
@@ -71,8 +72,8 @@ def paged_attention(
     sinks_H: Tensor | None = None,
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The same over a paged cache and a ragged batch: request b's queries are the last `extend_lens[b]` of its
-    `seq_lens[b]` tokens. Only slots that the request owns are read."""
+    """The same over a paged cache and a ragged batch: request b's queries are the last `extend_lens[b]` of
+    its `seq_lens[b]` tokens. Only slots that the request owns are read."""
     offsets_S = torch.arange(page_size, device=q_THD.device)
     outs, lses, start = [], [], 0
     for pages_P, seq_len, extend_len in zip(page_table_BP, seq_lens, extend_lens, strict=True):

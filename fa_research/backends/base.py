@@ -82,7 +82,7 @@ class AttentionBackend(ABC):
         """The package that the kernels came from, for the row."""
         return None
 
-    def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
+    def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:  # noqa: B027 (a hook)
         """Work once per forward pass for one kind of layer; keep the result in `metadata.plans[lowering.spec]`. It runs
         on the device, inside a captured graph, unless `capabilities.host_planning`: then before each replay."""
 

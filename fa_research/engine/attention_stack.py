@@ -15,9 +15,9 @@ from fa_research.spec import AttentionSpec
 
 
 class AttentionStack:
-    """Stands where a model stands (`workload.level=attention`). Queries, keys and values are standard-normal, drawn once
-    from `seed`; `outputs[num_tokens][layer_id]` keeps the last output [T, H, V] of that size for the check (a graph of
-    one batch size writes to its own)."""
+    """Stands where a model stands (`workload.level=attention`). Queries, keys and values are standard-normal,
+    drawn once from `seed`; `outputs[num_tokens][layer_id]` keeps the last output [T, H, V] of that size for
+    the check (a graph of one batch size writes to its own)."""
 
     def __init__(
         self,

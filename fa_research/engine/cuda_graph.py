@@ -1,5 +1,5 @@
-"""CUDA graphs of whole decode steps, one for each batch size, largest first in one shared memory pool (as SGLang and
-nano-vllm capture them)."""
+"""CUDA graphs of whole decode steps, one for each batch size, largest first in one shared memory pool (as
+SGLang and nano-vllm capture them)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ Step = Callable[[int], Tensor | None]
 
 
 class GraphSet:
-    """Captures `step(batch_size)` for each size. The static buffers must hold padding only while this runs, so that the
-    warm-up's writes go to the sink page. `step`'s result is a tensor in the graphs' pool, overwritten by each replay."""
+    """Captures `step(batch_size)` for each size. The static buffers must hold padding only while this runs,
+    so that the warm-up's writes go to the sink page. `step`'s result is a tensor in the graphs' pool,
+    overwritten by each replay."""
 
     _WARMUPS = 2  # compiles kernels and lets libraries allocate their workspaces outside the capture
 
@@ -47,7 +48,8 @@ class GraphSet:
         return sorted(self._graphs)
 
     def replay(self, batch_size: int) -> Tensor | None:
-        """Launch the graph of exactly this size on the current stream; its output, overwritten by the next replay."""
+        """Launch the graph of exactly this size on the current stream; its output, overwritten by the next
+        replay."""
         self._graphs[batch_size].replay()
         return self._outputs[batch_size]
 
@@ -55,8 +57,8 @@ class GraphSet:
 def resolve_graph_mode(
     config: CudaGraphConfig, device: torch.device, can: Capabilities, backend: str
 ) -> GraphMode:
-    """What `cuda_graph.mode` comes to on this device with this backend. `auto` captures where it can; an explicit `on`
-    that cannot be raises ConfigError."""
+    """What `cuda_graph.mode` comes to on this device with this backend. `auto` captures where it can; an
+    explicit `on` that cannot be raises ConfigError."""
     mode = config.mode
     capturable = can.cuda_graph is not GraphSupport.NEVER
     if mode is GraphMode.auto:

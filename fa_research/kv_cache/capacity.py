@@ -18,8 +18,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose_num_pages(kv: KVConfig, *, bytes_per_page: int, pages_needed: int, device: torch.device) -> int:
-    """Usable pages: `kv.num_pages`, or what `kv.memory_fraction` of the free memory holds (the sink page included), or
-    what the workload needs. Raises ConfigError when the workload cannot fit."""
+    """Usable pages: `kv.num_pages`, or what `kv.memory_fraction` of the free memory holds (the sink page
+    included), or what the workload needs. Raises ConfigError when the workload cannot fit."""
     if kv.num_pages is not None:
         num_pages, key = kv.num_pages, f"kv.num_pages={kv.num_pages}"
     elif kv.memory_fraction is not None:
@@ -29,7 +29,8 @@ def choose_num_pages(kv: KVConfig, *, bytes_per_page: int, pages_needed: int, de
         return pages_needed
     if num_pages < pages_needed:
         raise ConfigError(
-            f"{key} gives {max(num_pages, 0)} pages of kv.page_size={kv.page_size} slots, the workload needs {pages_needed}; "
+            f"{key} gives {max(num_pages, 0)} pages of kv.page_size={kv.page_size} slots, "
+            f"the workload needs {pages_needed}; "
             f"raise it, or lower the workload's batch size or context"
         )
     return num_pages

@@ -10,8 +10,8 @@ from fa_research.errors import ConfigError
 
 
 class ReqToTokenPool:
-    """`req_to_token` is int32 [max_requests + 1, W] on the device. Row 0 is never handed out: the padded entries of
-    a CUDA-graph batch point at it, and it points at page 0."""
+    """`req_to_token` is int32 [max_requests + 1, W] on the device. Row 0 is never handed out: the padded
+    entries of a CUDA-graph batch point at it, and it points at page 0."""
 
     def __init__(
         self, max_requests: int, max_context_len: int, *, page_size: int, device: torch.device | str
@@ -31,7 +31,8 @@ class ReqToTokenPool:
         """A free row. Raises ConfigError when all are taken."""
         if not self._free_rows:
             raise ConfigError(
-                f"kv.max_requests={self.max_requests} rows are all in use; raise kv.max_requests or run fewer requests at once"
+                f"kv.max_requests={self.max_requests} rows are all in use; "
+                "raise kv.max_requests or run fewer requests at once"
             )
         return self._free_rows.pop()
 
@@ -40,8 +41,9 @@ class ReqToTokenPool:
         self._free_rows.append(row)
 
     def write_pages(self, rows: list[int], page_indices: list[int], pages: list[int]) -> None:
-        """Point page number `page_indices[i]` of row `rows[i]` at page `pages[i]`: one small copy to the device and one
-        scatter on the current stream, so that kernels launched before still read the table as it was."""
+        """Point page number `page_indices[i]` of row `rows[i]` at page `pages[i]`: one small copy to the
+        device and one scatter on the current stream, so that kernels launched before still read the table as
+        it was."""
         if not rows:
             return
         device = self.req_to_token.device

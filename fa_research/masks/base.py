@@ -36,7 +36,8 @@ class Mask(ABC):
 
     @abstractmethod
     def allows(self, q_pos: Any, k_pos: Any) -> Any:
-        """True where the query at position `q_pos` sees the key at `k_pos` (ints, or integer tensors that broadcast)."""
+        """True where the query at position `q_pos` sees the key at `k_pos` (ints, or integer tensors that
+        broadcast)."""
 
     @abstractmethod
     def band(self) -> Band | None:

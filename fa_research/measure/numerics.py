@@ -1,5 +1,5 @@
-"""Is a result right? Judged as flash-attention's own tests judge: against float64, and against what the same computation
-loses in the low precision itself."""
+"""Is a result right? Judged as flash-attention's own tests judge: against float64, and against what the same
+computation loses in the low precision itself."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _FACTOR = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Errors against float64. `max_error` of the checked result and `baseline_error` of the plain low-precision one are
-    largest absolute differences; the result passes while max_error <= tolerance = 2 * baseline_error + constant."""
+    """Errors against float64. `max_error` of the checked result and `baseline_error` of the plain
+    low-precision one are largest absolute differences; the result passes while max_error <= tolerance = 2 *
+    baseline_error + constant."""
 
     max_error: float
     baseline_error: float

@@ -1,8 +1,9 @@
-"""The oracle at work: a model's logits, or the attention path's outputs, computed again in float64 with the masks' own
-predicates. The float64 copy of the weights exists one layer at a time, so an 8B model fits beside itself.
+"""The oracle at work: a model's logits, or the attention path's outputs, computed again in float64 with the
+masks' own predicates. The float64 copy of the weights exists one layer at a time, so an 8B model fits beside
+itself.
 
-Legend: T new tokens of one request, N slots, H query heads, K KV heads, D head dim, V value head dim, M positions.
-"""
+Legend: T new tokens of one request, N slots, H query heads, K KV heads, D head dim, V value head dim, M
+positions."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ _MAX_QUERIES = 256  # rows of one request that the check of a long extend pass c
 
 
 class OracleAttention:
-    """`Attend` for one request, computed in `dtype`: its first `prefix_len` keys come from the cache, the rest are the new
-    tokens' own. Nothing is written."""
+    """`Attend` for one request, computed in `dtype`: its first `prefix_len` keys come from the cache, the
+    rest are the new tokens' own. Nothing is written."""
 
     def __init__(
         self,
@@ -63,8 +64,9 @@ class OracleAttention:
 
 @contextmanager
 def float64_weights(model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
-    """Within, `model` computes in float64: a layer's weights are converted when it is called and dropped after, those
-    outside the layers at once. The weights themselves, and the graphs that hold their addresses, are untouched."""
+    """Within, `model` computes in float64: a layer's weights are converted when it is called and dropped
+    after, those outside the layers at once. The weights themselves, and the graphs that hold their addresses,
+    are untouched."""
     kept: list[tuple[nn.Parameter, Tensor]] = []
 
     def raise_precision(module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
@@ -96,8 +98,8 @@ def float64_weights(model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
 
 
 def case_logits(engine: Engine, case: Case, dtype: torch.dtype) -> Tensor:
-    """Logits [M, X] of the case, with attention computed in `dtype` over the cache as it is, and the model's weights in
-    whatever precision they are now."""
+    """Logits [M, X] of the case, with attention computed in `dtype` over the cache as it is, and the model's
+    weights in whatever precision they are now."""
     table, device = engine.runner.req_to_token_RW, engine.device
     slots_N = table[case.row, : case.prefix_len].long()
     tokens_T = case.tokens_T.to(device)
@@ -146,8 +148,8 @@ def check_attention(engine: Engine, done: Pass, max_requests: int) -> Verdict:
 
 @torch.inference_mode()
 def check_reprefill(engine: Engine, cases: Sequence[Case]) -> dict[str, float]:
-    """The same tokens once more, in one extend pass of the same backend: what incremental decoding must equal. Largest
-    difference of the logits, and the share of positions where both choose the same token."""
+    """The same tokens once more, in one extend pass of the same backend: what incremental decoding must
+    equal. Largest difference of the logits, and the share of positions where both choose the same token."""
     largest, agree, total = 0.0, 0, 0
     for case in cases:
         request = engine.cache.open()

@@ -20,8 +20,9 @@ from fa_research.kv_cache import CachedRequest
 
 @dataclass(slots=True)
 class Case:
-    """One request's result, for the oracle to repeat: `tokens_T` follow the first `prefix_len` tokens of row `row` in the
-    cache, and `logits_MX` were produced at the positions `at_M` (indices into the new tokens)."""
+    """One request's result, for the oracle to repeat: `tokens_T` follow the first `prefix_len` tokens of row
+    `row` in the cache, and `logits_MX` were produced at the positions `at_M` (indices into the new
+    tokens)."""
 
     row: int
     prefix_len: int
@@ -32,8 +33,8 @@ class Case:
 
 @dataclass(slots=True)
 class Pass:
-    """One forward pass as the host sees it; `extend_lens` are 1 for decode. `num_tokens` counts what ran, padded entries
-    too; `first_query` is where each request's queries start in the ragged batch."""
+    """One forward pass as the host sees it; `extend_lens` are 1 for decode. `num_tokens` counts what ran,
+    padded entries too; `first_query` is where each request's queries start in the ragged batch."""
 
     rows: list[int]
     seq_lens: list[int]
@@ -51,8 +52,9 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Something to time. `run` launches it and waits for nothing; `tokens` are the new tokens it handles, `samples` how
-    many times it is to be timed. `host_time`: time the host's share too (what launching it costs)."""
+    """Something to time. `run` launches it and waits for nothing; `tokens` are the new tokens it handles,
+    `samples` how many times it is to be timed. `host_time`: time the host's share too (what launching it
+    costs)."""
 
     name: str
     run: Callable[[], object]
@@ -62,8 +64,8 @@ class Unit:
 
 
 class Workload(ABC):
-    """One workload over one engine. The order of calls: `needs`, `prepare`, `checked_pass` (unless `measure.check=false`),
-    then the `units` as often as they are timed."""
+    """One workload over one engine. The order of calls: `needs`, `prepare`, `checked_pass` (unless
+    `measure.check=false`), then the `units` as often as they are timed."""
 
     name: ClassVar[str]
     reprefill: ClassVar[bool] = False  # its cases can be repeated by one extend pass without a prefix
@@ -98,7 +100,8 @@ class Workload(ABC):
 
     @property
     def steps_to_time(self) -> int:
-        """Decode steps that a cell may run when it times `samples` of them: check, warm-up, device and host time."""
+        """Decode steps that a cell may run when it times `samples` of them: check, warm-up, device and host
+        time."""
         return 2 + 2 * self.config.measure.warmup + 2 * int(self.options.steps)
 
 
@@ -124,8 +127,8 @@ def pick(count: int, wanted: int) -> list[int]:
 
 
 def fill_context(engine: Engine, seed: int) -> None:
-    """Random keys and values in every slot; with `debug.poison`, NaN in the sink page and in every free page. Call it
-    when the requests own their pages."""
+    """Random keys and values in every slot; with `debug.poison`, NaN in the sink page and in every free page.
+    Call it when the requests own their pages."""
     engine.cache.kv.fill_random(seed)
     if engine.config.debug.poison:
         engine.cache.kv.poison([0, *engine.cache.allocator.free_pages()])

@@ -1,4 +1,5 @@
-"""`workload=text`: real text as byte tokens; prompts that share a prefix are extended in chunks, then decoded greedily."""
+"""`workload=text`: real text as byte tokens; prompts that share a prefix are extended in chunks, then decoded
+greedily."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ _BYTE_VALUES = 256
 
 
 class Text(Workload):
-    """The shared prefix is computed once, in a request of its own; the prompts fork from it, whole pages at a time, and
-    extend what is left."""
+    """The shared prefix is computed once, in a request of its own; the prompts fork from it, whole pages at a
+    time, and extend what is left."""
 
     name = "text"
     reprefill = True
@@ -103,8 +104,8 @@ class Text(Workload):
 
 
 def read_prompts(options: object) -> list[list[int]]:
-    """`batch_size` prompts of `prompt_len` bytes: the text's first `shared_prefix_len` bytes, then passages from all over
-    it. Raises ConfigError for a missing or too short text."""
+    """`batch_size` prompts of `prompt_len` bytes: the text's first `shared_prefix_len` bytes, then passages
+    from all over it. Raises ConfigError for a missing or too short text."""
     text, source = _read_text(options.path)  # type: ignore[attr-defined]
     shared_len, prompt_len = options.shared_prefix_len, options.prompt_len  # type: ignore[attr-defined]
     count = options.batch_size  # type: ignore[attr-defined]
