@@ -186,17 +186,18 @@ class Scene:
         base = {"device": torch.device(self.device), "dtype": self.dtype, "page_size": self.page_size}
         return BackendSettings(**base, max_context_len=limit, **changes)  # type: ignore[arg-type]
 
-    def batch(self, which: Sequence[int] | None = None) -> ForwardBatch:
-        """The batch of the requests `which` (None: all)."""
+    def batch(self, which: Sequence[int] | None = None, padding: int = 0) -> ForwardBatch:
+        """The batch of the requests `which` (None: all); a decode batch may be padded as a captured one is."""
         which = range(len(self.lens)) if which is None else which
-        rows = [self.requests[i].row for i in which]
-        prefixes, new = [self.lens[i][0] for i in which], [self.lens[i][1] for i in which]
+        rows = [self.requests[i].row for i in which] + [0] * padding
+        prefixes, new = [self.lens[i][0] for i in which] + [1] * padding, [self.lens[i][1] for i in which]
         if self.decode:
             return decode_batch(self.table, rows, prefixes, self.cache.req_to_token.max_context_len)
+        assert not padding
         return extend_batch(self.table, rows, prefixes, tokens(new))
 
-    def qkv(self, which: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Ragged q, k, v of the new tokens, as views of one fused projection: rows are far apart."""
+    def qkv(self, which: Sequence[int] | None = None, padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Ragged q, k, v of the new tokens, as views of one fused projection: rows are far apart. Padding is NaN."""
         which = range(len(self.lens)) if which is None else which
         parts = (
             torch.cat([self.q[i] for i in which]),
@@ -204,17 +205,32 @@ class Scene:
             torch.cat([self.v[i][self.lens[i][0] :] for i in which]),
         )
         fused = torch.cat([part.flatten(1) for part in parts], dim=1)
+        fused = torch.nn.functional.pad(fused, (0, 0, 0, padding), value=torch.nan)
         widths = [part.shape[1] * part.shape[2] for part in parts]
-        views = fused.split(widths, dim=1)
-        return tuple(x.unflatten(1, part.shape[1:]) for x, part in zip(views, parts, strict=True))  # type: ignore[return-value]
+        q, k, v = (
+            x.unflatten(1, part.shape[1:]) for x, part in zip(fused.split(widths, dim=1), parts, strict=True)
+        )
+        return q, k, v
 
-    def run(self, backend: AttentionBackend, which: Sequence[int] | None = None) -> list[Tensor]:
-        """Write and read through the backend; the output of each request."""
-        batch = self.batch(which)
-        backend.init_forward_metadata(batch, self.table)
+    def run(
+        self,
+        backend: AttentionBackend,
+        which: Sequence[int] | None = None,
+        *,
+        padding: int = 0,
+        static: bool = False,
+    ) -> list[Tensor]:
+        """Write and read through the backend; the output of each request. static: in the buffers of captured steps."""
+        which = range(len(self.lens)) if which is None else which
+        batch = self.batch(which, padding)
+        if static:
+            backend.init_forward_metadata_capture_cuda_graph(batch, self.table)
+        else:
+            backend.init_forward_metadata(batch, self.table)
         attend = PagedAttention(backend, self.cache.kv, batch, backend.lowerings)
-        out_THV = attend(self.layer_id, *self.qkv(which), rope=None, sinks_H=self.sinks)
-        return list(out_THV.split([self.lens[i][1] for i in which or range(len(self.lens))]))
+        out_THV = attend(self.layer_id, *self.qkv(which, padding), rope=None, sinks_H=self.sinks)
+        count = out_THV.shape[0] - padding
+        return list(out_THV[:count].split([self.lens[i][1] for i in which]))
 
     def lse(self, backend: AttentionBackend) -> list[Tensor]:
         """LSE of each request, from what `run` has written."""
@@ -235,15 +251,17 @@ class Scene:
     def check(self, backend: AttentionBackend, *, lse: bool = True) -> None:
         """Output (and LSE) of every request against float64."""
         outs = self.run(backend)
-        lses = self.lse(backend) if lse else [None] * len(outs)
-        for i, (out, lse_QH) in enumerate(zip(outs, lses, strict=True)):
-            exact, low = self.reference(i, torch.float64), self.reference(i, self.dtype)
+        self.check_outputs(outs, range(len(self.lens)))
+        if lse:
+            for i, lse_QH in enumerate(self.lse(backend)):
+                exact, low = self.reference(i, torch.float64)[1], self.reference(i, self.dtype)[1]
+                assert_accurate(lse_QH, exact, low, softcap=self.spec.softcap, what=f"lse of request {i}")
+
+    def check_outputs(self, outs: Sequence[Tensor], which: Sequence[int]) -> None:
+        for i, out in zip(which, outs, strict=True):
+            exact, low = self.reference(i, torch.float64)[0], self.reference(i, self.dtype)[0]
             assert out.dtype == self.dtype
-            assert_accurate(out, exact[0], low[0], softcap=self.spec.softcap, what=f"out of request {i}")
-            if lse_QH is not None:
-                assert_accurate(
-                    lse_QH, exact[1], low[1], softcap=self.spec.softcap, what=f"lse of request {i}"
-                )
+            assert_accurate(out, exact, low, softcap=self.spec.softcap, what=f"out of request {i}")
 
 
 def assert_accurate(
