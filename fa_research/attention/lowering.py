@@ -104,6 +104,10 @@ def _basic_reasons(
             page_size % can.page_size_multiple == 0,
             f"kv.page_size={page_size}: must be a multiple of {can.page_size_multiple}",
         ),
+        (
+            spec.v_head_dim == spec.head_dim or can.own_v_head_dim,
+            f"value head dim {spec.v_head_dim}: the kernel has one head dim, that of the keys is {spec.head_dim}",
+        ),
         (not spec.softcap or can.softcap, f"softcap={spec.softcap}: the kernel has none"),
     ]
     if can.head_dims is not None:

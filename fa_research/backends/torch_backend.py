@@ -31,6 +31,7 @@ class TorchBackend(AttentionBackend):
             devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
             dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
             mask_features=frozenset({"predicate"}),
+            own_v_head_dim=True,
             softcap=True,
             sinks=True,
             returns_lse=True,
