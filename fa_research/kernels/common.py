@@ -1,8 +1,9 @@
-"""What the two attention kernels share: the mask's first key, scores in base 2, and the gather through the page table.
+"""What the two attention kernels share: the mask's first key, scores in base 2, and the gather through the
+page table.
 
-Keys are walked in tiles of BLOCK_N that start at multiples of BLOCK_N, so that a tile never straddles a page when the
-page is a multiple of the tile, and a page never straddles a tile when the tile is a multiple of the page.
-"""
+Keys are walked in tiles of BLOCK_N that start at multiples of BLOCK_N, so that a tile never straddles a page
+when the page is a multiple of the tile, and a page never straddles a tile when the tile is a multiple of the
+page."""
 
 from __future__ import annotations
 
@@ -26,9 +27,19 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel may be started while the one before it still runs (programmatic dependent launch,
+    Hopper on)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @triton.jit
 def first_allowed(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
-    """First key that a query at `position` may see (the last one is the query's own affair: causal or not)."""
+    """First key that a query at `position` may see (the last one is the query's own affair: causal or
+    not)."""
     first = position * 0
     if WINDOW > 0:
         first = tl.maximum(first, position - (WINDOW - 1))
@@ -38,52 +49,79 @@ def first_allowed(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def log2_scores(qk, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scores in units of log2(e), so that the softmax is exp2: one multiply, or softcap * tanh(score / softcap)."""
+def online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP: tl.constexpr, AXIS: tl.constexpr):
+    """One step of the running softmax over raw scores q.k: weights, factor of what was summed before, norm
+    and peak.
+
+    Exponents are in base 2: without a softcap the scale is then one fused multiply-add in front of exp2 (it
+    must be positive, because the maximum is taken before it)."""
     if HAS_SOFTCAP:
-        # tanh(x) = 1 - 2 / (1 + exp(2x)): right at both ends, because exp2 goes to inf and to 0 there.
-        doubled = tl.exp2(qk * (scale / softcap * (2.0 * LOG2E)))
-        return (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + doubled))
-    return qk * (scale * LOG2E)
+        # tanh(x) = 1 - 2 / (1 + exp(2x)) is right at both ends: exp2 goes to inf and to 0 there. -inf stays -inf.
+        doubled = tl.exp2(scores * (scale / softcap * (2.0 * LOG2E)))
+        capped = (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + doubled))
+        scores = tl.where(scores > float("-inf"), capped, scores)
+        factor = 1.0
+    else:
+        factor = scale * LOG2E
+    new_peak = tl.maximum(peak, tl.max(scores, AXIS) * factor)
+    p = tl.exp2(scores * factor - tl.expand_dims(new_peak, AXIS))
+    shrink = tl.exp2(peak - new_peak)
+    return p, shrink, norm * shrink + tl.sum(p, AXIS), new_peak
 
 
 @triton.jit
 def sink_factor(sinks, lse2):
-    """What one more logit a head in the denominator does to a normalised result: sigmoid(lse - sink); lse2 in base 2."""
-    weight = 1.0 / (1.0 + tl.exp2(sinks.to(tl.float32) * LOG2E - lse2))
-    return tl.where(lse2 > float("-inf"), weight, 0.0)
+    """What one more logit in the denominator does to a normalised result: sigmoid(lse - sink). lse2 is in base 2."""
+    seen = lse2 > float("-inf")
+    return tl.where(
+        seen, 1.0 / (1.0 + tl.exp2(sinks.to(tl.float32) * LOG2E - tl.where(seen, lse2, 0.0))), 0.0
+    )
 
 
 @triton.jit
-def load_pages(table_ptr, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Page ids of the tile at key `start`: one scalar if a page holds the tile, else one id a key; 0 from `end` on."""
-    if PAGE_SIZE % BLOCK_N == 0:
-        return tl.load(table_ptr + start // PAGE_SIZE, mask=start < end, other=0)
-    keys = start + tl.arange(0, BLOCK_N)
-    return tl.load(table_ptr + keys // PAGE_SIZE, mask=keys < end, other=0)
+def load_pages(table_ptr, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """Page ids of the tile at key `start`: one scalar if a page holds the tile, else one a key; 0 from `end`
+    on."""
+    keys = start
+    if PAGE_SIZE % BLOCK_N != 0:
+        keys += tl.arange(0, BLOCK_N)
+    if MASKED:
+        return tl.load(table_ptr + keys // PAGE_SIZE, mask=keys < end, other=0)
+    else:
+        return tl.load(table_ptr + keys // PAGE_SIZE)
 
 
 @triton.jit
-def load_tile(base_ptr, pages, start, first, end, stride, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-              HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+def load_tile(
+    base_ptr,
+    pages,
+    start,
+    first,
+    end,
+    STRIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """K or V of the keys [start, start + BLOCK_N) of one head; with MASKED, zeros outside [first, end).
 
-    Slots outside may hold NaN, and 0 * NaN is NaN: they must not be read at all. Offsets are 64 bits wide: a pool
-    has more than 2**31 elements.
-    """
+    Slots outside may hold NaN, and 0 * NaN is NaN: they must not be read at all. Offsets are 64 bits wide: a
+    pool has more than 2**31 elements. The stride of a slot is a constant, so that they cost a shift."""
     rows = tl.arange(0, BLOCK_N)
     cols = tl.arange(0, HEAD_DIM)
     if PAGE_SIZE % BLOCK_N == 0:
-        origin = base_ptr + (pages * PAGE_SIZE + start % PAGE_SIZE).to(tl.int64) * stride
-        pointers = origin + ((rows * stride)[:, None] + cols[None, :])
+        origin = base_ptr + (pages * PAGE_SIZE + start % PAGE_SIZE).to(tl.int64) * STRIDE
+        pointers = origin + ((rows * STRIDE)[:, None] + cols[None, :])
     else:
         if BLOCK_N % PAGE_SIZE == 0:
             within = rows % PAGE_SIZE
         else:
             within = (start + rows) % PAGE_SIZE
         slots = pages * PAGE_SIZE + within
-        pointers = base_ptr + (slots.to(tl.int64) * stride)[:, None] + cols[None, :]
+        pointers = base_ptr + (slots.to(tl.int64) * STRIDE)[:, None] + cols[None, :]
     if MASKED:
         live = (start + rows >= first) & (start + rows < end)
         return tl.load(pointers, mask=live[:, None], other=0.0)
-    return tl.load(pointers)
+    else:
+        return tl.load(pointers)

@@ -1,18 +1,19 @@
 """Decode attention: one new token a request over a paged KV cache, split along the keys and combined.
 
-Shape suffixes: B requests, H query heads, K KV heads, D head dim, V value head dim (= D), N slots, P pages of a request.
+Shape suffixes: B requests, H query heads, K KV heads, D head dim, V value head dim (= D), N slots, P pages of
+a request.
 
-Flash-decoding (Dao et al. 2023) with GQA packing: the query heads of one KV head are the rows of one matrix product,
-so K and V are read once. The work is cut the way of stream-K (Osama et al. 2023): every tile of every
-(request, KV head) pair stands in one long list, and a fixed number of workers, a few per multiprocessor, takes equal
-contiguous pieces of it. A worker reads `cache_seqlens` and finds its piece by itself, so the grid depends on nothing
-that changes from step to step: it is right under a CUDA graph captured for any length, no program idles because a
-request is short, and ragged batches are balanced. A pair that lies within one worker's piece is written at once; the
-others leave partial results which the second kernel merges by their log-sum-exp.
+Flash-decoding (Dao et al. 2023) with GQA packing: the query heads of one KV head are the rows of one matrix
+product, so K and V are read once. The work is cut the way of stream-K (Osama et al. 2023): every tile of
+every (request, KV head) pair stands in one long list, and a fixed number of workers, a few per
+multiprocessor, takes equal contiguous pieces of it. A worker reads `cache_seqlens` and finds its piece by
+itself, so the grid depends on nothing that changes from step to step: it is right under a CUDA graph captured
+for any length, no program idles because a request is short, and ragged batches are balanced. A pair that lies
+within one worker's piece is written at once; the others leave partial results which the second kernel merges
+by their log-sum-exp.
 
-With `deterministic` (or `num_splits`) the pieces are cut per request instead, from its own length alone, so its result
-does not depend on its neighbours, bit for bit.
-"""
+With `deterministic` (or `num_splits`) the pieces are cut per request instead, from its own length alone, so
+its result does not depend on its neighbours, bit for bit."""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ from fa_research.kernels.common import (
     first_allowed,
     load_pages,
     load_tile,
-    log2_scores,
     multiprocessors,
+    online_softmax,
+    overlaps_launches,
     sink_factor,
 )
 
@@ -41,21 +43,24 @@ DETERMINISTIC_SPLITS = 32
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How the kernels are launched: keys a tile, warps and pipeline stages, workers a multiprocessor, tiles a worker."""
+    """How the kernels are launched: keys a tile, warps and pipeline stages, workers a multiprocessor, tiles a
+    worker."""
 
     block_n: int
     num_warps: int
     num_stages: int
     workers_per_sm: int
     min_tiles: int  # a worker takes at least so many tiles, or merging costs more than it saves
+    overlap: bool = True  # start the combine kernel early, where the device can
     swap: bool = False
 
 
 @functools.cache
 def decode_config(head_dim: int, group: int, itemsize: int, page_size: int) -> DecodeConfig:
-    """Launch configuration by shape. Nothing of the batch may enter: `deterministic` results depend on the tile."""
+    """Launch configuration by shape. Nothing of the batch may enter: `deterministic` results depend on the
+    tile."""
     if itemsize == 4:
-        return DecodeConfig(block_n=32, num_warps=4, num_stages=2, workers_per_sm=1, min_tiles=4)
+        return DecodeConfig(block_n=32, num_warps=8, num_stages=2, workers_per_sm=1, min_tiles=4)
     if head_dim <= 64:
         return DecodeConfig(block_n=128, num_warps=4, num_stages=3, workers_per_sm=2, min_tiles=2)
     if head_dim <= 128:
@@ -75,7 +80,8 @@ def _tiles(seqlen, WINDOW: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.conste
 
 @triton.jit
 def _units(tiles, MAX_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr):
-    """Units of work in one pair of so many tiles, and tiles a unit: a unit is a tile (stream-K) or a fixed split."""
+    """Units of work in one pair of so many tiles, and tiles a unit: a unit is a tile (stream-K) or a fixed
+    split."""
     if MAX_SPLITS > 0:
         unit_tiles = tl.maximum(tl.cdiv(tiles, MAX_SPLITS), MIN_TILES)
         return tl.cdiv(tiles, unit_tiles), unit_tiles
@@ -83,13 +89,46 @@ def _units(tiles, MAX_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr):
 
 
 @triton.jit
-def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_ptr, lse_ptr, partial_ptr,
-                   partial_lse_ptr, scale, softcap, batch,
-                   stride_qb, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_ob, stride_oh, stride_tb,
-                   KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-                   WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MAX_SPLITS: tl.constexpr,
-                   MIN_TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-                   SWAP: tl.constexpr):
+def _decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    seqlens_ptr,
+    sinks_ptr,
+    out_ptr,
+    lse_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    scale,
+    softcap,
+    batch,
+    stride_qb,
+    stride_qh,
+    stride_kh,
+    stride_vh,
+    stride_ob,
+    stride_oh,
+    stride_tb,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STRIDE_KN: tl.constexpr,
+    STRIDE_VN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # the combine kernel may come up beside us; it waits for our end
     worker = tl.program_id(0)
     requests = tl.arange(0, BLOCK_B)
     lens = tl.load(seqlens_ptr + requests, mask=requests < batch, other=0)
@@ -122,13 +161,18 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
             slot = (request * KV_HEADS + head) * MAX_SPLITS + piece
         else:
             taken = tl.minimum(units - piece, last_unit - unit)
-            slot = worker * 2 + (piece == 0).to(tl.int32)  # the pair that a worker begins, the pair that it goes on with
+            slot = worker * 2 + (piece == 0).to(
+                tl.int32
+            )  # the pair that a worker begins, the pair that it goes on with
         low = (lowest + piece * unit_tiles) * BLOCK_N
         high = tl.minimum(low + taken * unit_tiles * BLOCK_N, seqlen)
 
         q_heads = head * GROUP + rows
-        q = tl.load(q_ptr + request.to(tl.int64) * stride_qb + q_heads[:, None] * stride_qh + cols[None, :],
-                    mask=(rows < GROUP)[:, None], other=0.0)
+        q = tl.load(
+            q_ptr + request.to(tl.int64) * stride_qb + q_heads[:, None] * stride_qh + cols[None, :],
+            mask=(rows < GROUP)[:, None],
+            other=0.0,
+        )
         k_head = k_ptr + head * stride_kh
         v_head = v_ptr + head * stride_vh
         table = table_ptr + request.to(tl.int64) * stride_tb
@@ -139,36 +183,31 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
         else:
             acc = tl.zeros([BLOCK_H, HEAD_DIM], tl.float32)
         # Page ids are fetched one tile ahead: the loads of K and V then depend on nothing that is still under way.
-        pages = load_pages(table, low, high, PAGE_SIZE, BLOCK_N)
+        pages = load_pages(table, low, high, PAGE_SIZE, BLOCK_N, True)
         for start in tl.range(low, high, BLOCK_N):
-            k = load_tile(k_head, pages, start, first, high, stride_kn, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
-            v = load_tile(v_head, pages, start, first, high, stride_vn, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
-            pages = load_pages(table, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N)
+            k = load_tile(k_head, pages, start, first, high, STRIDE_KN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
+            v = load_tile(v_head, pages, start, first, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
+            pages = load_pages(table, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, True)
             live = (start + keys >= first) & (start + keys < high)
             if SWAP:
-                scores = log2_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
-                scores = tl.where(live[:, None], scores, float("-inf"))
-                new_peak = tl.maximum(peak, tl.max(scores, 0))
-                p = tl.exp2(scores - new_peak[None, :])
-                shrink = tl.exp2(peak - new_peak)
-                norm = norm * shrink + tl.sum(p, 0)
+                scores = tl.where(
+                    live[:, None], tl.dot(k, tl.trans(q), input_precision="ieee"), float("-inf")
+                )
+                p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP, 0)
                 acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
             else:
-                scores = log2_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
-                scores = tl.where(live[None, :], scores, float("-inf"))
-                new_peak = tl.maximum(peak, tl.max(scores, 1))
-                p = tl.exp2(scores - new_peak[:, None])
-                shrink = tl.exp2(peak - new_peak)
-                norm = norm * shrink + tl.sum(p, 1)
+                scores = tl.where(
+                    live[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf")
+                )
+                p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP, 1)
                 acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-            peak = new_peak
 
         # norm is 0 only where nothing was allowed: then out is 0 and lse -inf.
         norm = tl.where(norm > 0, norm, 1.0)
         lse2 = tl.where(peak > LOWEST, peak + tl.log2(norm), float("-inf"))
         if SWAP:
             acc = tl.trans(acc)
-        result = acc / norm[:, None]
+        result = acc * (1.0 / norm)[:, None]
         if taken == units:
             if sinks_ptr is not None:
                 sinks = tl.load(sinks_ptr + q_heads, mask=rows < GROUP, other=0.0)
@@ -179,18 +218,40 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
                 tl.store(lse_ptr + request * (KV_HEADS * GROUP) + q_heads, lse2 * LN2, mask=rows < GROUP)
         else:
             parts = slot.to(tl.int64) * GROUP + rows
-            tl.store(partial_ptr + parts[:, None] * HEAD_DIM + cols[None, :], result, mask=(rows < GROUP)[:, None])
+            tl.store(
+                partial_ptr + parts[:, None] * HEAD_DIM + cols[None, :], result, mask=(rows < GROUP)[:, None]
+            )
             tl.store(partial_lse_ptr + parts, lse2, mask=rows < GROUP)
         unit += taken
 
 
 @triton.jit
-def _combine_kernel(seqlens_ptr, sinks_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, batch, workers,
-                    stride_ob, stride_oh,
-                    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
-                    CHUNK: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr, BLOCK_B: tl.constexpr,
-                    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+def _combine_kernel(
+    seqlens_ptr,
+    sinks_ptr,
+    out_ptr,
+    lse_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    batch,
+    workers,
+    stride_ob,
+    stride_oh,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Merge the partial results of one (request, query head); nothing to do where one worker had it all."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # in every program, or a kernel after this one could start before the first one's end
     request = tl.program_id(0) // (KV_HEADS * GROUP)
     q_head = tl.program_id(0) % (KV_HEADS * GROUP)
     head = q_head // GROUP
@@ -224,7 +285,9 @@ def _combine_kernel(seqlens_ptr, sinks_ptr, out_ptr, lse_ptr, partial_ptr, parti
                 slots = (slot + start + splits) * 2 + (start + splits == 0).to(tl.int32)
             parts = slots.to(tl.int64) * GROUP + q_head % GROUP
             lse2 = tl.load(partial_lse_ptr + parts, mask=live, other=float("-inf"))
-            result = tl.load(partial_ptr + parts[:, None] * HEAD_DIM + cols[None, :], mask=live[:, None], other=0.0)
+            result = tl.load(
+                partial_ptr + parts[:, None] * HEAD_DIM + cols[None, :], mask=live[:, None], other=0.0
+            )
             new_peak = tl.maximum(peak, tl.max(lse2, 0))
             weights = tl.exp2(lse2 - new_peak)
             shrink = tl.exp2(peak - new_peak)
@@ -242,23 +305,36 @@ def _combine_kernel(seqlens_ptr, sinks_ptr, out_ptr, lse_ptr, partial_ptr, parti
             tl.store(lse_ptr + request * (KV_HEADS * GROUP) + q_head, lse2 * LN2)
 
 
-def paged_decode(q_BHD: torch.Tensor, k_NKD: torch.Tensor, v_NKV: torch.Tensor, page_table_BP: torch.Tensor,
-                 cache_seqlens_B: torch.Tensor, *, page_size: int, max_seq_len_k: int, scale: float,
-                 softcap: float = 0.0, window: int = 0, chunk: int = 0, sinks_H: torch.Tensor | None = None,
-                 num_splits: int = 0, deterministic: bool = False, out: torch.Tensor | None = None,
-                 return_lse: bool = False, _config: DecodeConfig | None = None,
-                 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+def paged_decode(
+    q_BHD: torch.Tensor,
+    k_NKD: torch.Tensor,
+    v_NKV: torch.Tensor,
+    page_table_BP: torch.Tensor,
+    cache_seqlens_B: torch.Tensor,
+    *,
+    page_size: int,
+    max_seq_len_k: int,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+    chunk: int = 0,
+    sinks_H: torch.Tensor | None = None,
+    num_splits: int = 0,
+    deterministic: bool = False,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    _config: DecodeConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of each request's last token to its `cache_seqlens_B` keys, the token's own among them.
 
-    Args:
-        q_BHD: queries, float16, bfloat16 or float32; may be strided, the last dimension contiguous.
-        k_NKD, v_NKV: pools by slot, same dtype; slots that no request uses may hold anything, NaN too.
-        page_table_BP: int32 page ids; entries past a request's last page are never used.
-        cache_seqlens_B: int32 lengths in tokens; 0 gives zeros and an LSE of -inf.
-        page_size: slots a page. max_seq_len_k: upper bound of the lengths; sizes the grid, nothing else.
-        scale: factor on q.k, positive. softcap: s * tanh(score / s) if above 0. window, chunk: see `Band` of the masks.
-        sinks_H: one more logit a head in the denominator. num_splits: pieces a request, 0 to balance over the GPU.
-        deterministic: a request's result is the same, bit for bit, alone and in any batch.
+    Args: q_BHD: queries, float16, bfloat16 or float32; may be strided, the last dimension contiguous. k_NKD,
+    v_NKV: pools by slot, same dtype; slots that no request uses may hold anything, NaN too. page_table_BP:
+    int32 page ids; entries past a request's last page are never used. cache_seqlens_B: int32 lengths in
+    tokens; 0 gives zeros and an LSE of -inf. page_size: slots a page. max_seq_len_k: upper bound of the
+    lengths; sizes the grid, nothing else. scale: factor on q.k, positive. softcap: s * tanh(score / s) if
+    above 0. window, chunk: see `Band` of the masks. sinks_H: one more logit a head in the denominator.
+    num_splits: pieces a request, 0 to balance over the GPU. deterministic: a request's result is the same,
+    bit for bit, alone and in any batch.
 
     Returns:
         out_BHV in q's dtype, and float32 LSE_BH (natural, without the sink) if `return_lse`.
@@ -266,7 +342,9 @@ def paged_decode(q_BHD: torch.Tensor, k_NKD: torch.Tensor, v_NKV: torch.Tensor, 
     batch, heads, head_dim = q_BHD.shape
     kv_heads = k_NKD.shape[1]
     group = heads // kv_heads
-    assert group * kv_heads == heads and v_NKV.shape[2] == head_dim == k_NKD.shape[2], "one head dim, whole groups"
+    assert group * kv_heads == heads and v_NKV.shape[2] == head_dim == k_NKD.shape[2], (
+        "one head dim, whole groups"
+    )
     assert q_BHD.stride(2) == k_NKD.stride(2) == v_NKV.stride(2) == 1 and page_table_BP.stride(1) == 1
     config = _config or decode_config(head_dim, group, q_BHD.element_size(), page_size)
     out = torch.empty_like(q_BHD, memory_format=torch.contiguous_format) if out is None else out
@@ -285,19 +363,74 @@ def paged_decode(q_BHD: torch.Tensor, k_NKD: torch.Tensor, v_NKV: torch.Tensor, 
     parts = (pairs * max_splits if max_splits else workers * 2) * group
     # One allocation: the partial results, then their log-sum-exps.
     partial = torch.empty(parts * (head_dim + 1), dtype=torch.float32, device=q_BHD.device)
-    partial_lse = partial[parts * head_dim:]
+    partial_lse = partial[parts * head_dim :]
+    combine = max_splits != 1 and (max_splits == 0 or max_seq_len_k > min_tiles * config.block_n)
+    overlap = combine and config.overlap and overlaps_launches(q_BHD.device)
     block_b = max(triton.next_power_of_2(batch), 16)
     _decode_kernel[(workers,)](
-        q_BHD, k_NKD, v_NKV, page_table_BP, cache_seqlens_B, sinks_H, out, lse, partial, partial_lse, scale, softcap,
-        batch, q_BHD.stride(0), q_BHD.stride(1), k_NKD.stride(0), k_NKD.stride(1), v_NKV.stride(0), v_NKV.stride(1),
-        out.stride(0), out.stride(1), page_table_BP.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE_SIZE=page_size, WINDOW=window, CHUNK=chunk,
-        HAS_SOFTCAP=softcap > 0, MAX_SPLITS=max_splits, MIN_TILES=min_tiles, BLOCK_B=block_b,
-        BLOCK_H=max(triton.next_power_of_2(group), 16), BLOCK_N=config.block_n, SWAP=config.swap,
-        num_warps=config.num_warps, num_stages=config.num_stages)
-    if max_splits != 1 and (max_splits == 0 or max_seq_len_k > min_tiles * config.block_n):
+        q_BHD,
+        k_NKD,
+        v_NKV,
+        page_table_BP,
+        cache_seqlens_B,
+        sinks_H,
+        out,
+        lse,
+        partial,
+        partial_lse,
+        scale,
+        softcap,
+        batch,
+        q_BHD.stride(0),
+        q_BHD.stride(1),
+        k_NKD.stride(1),
+        v_NKV.stride(1),
+        out.stride(0),
+        out.stride(1),
+        page_table_BP.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        WINDOW=window,
+        CHUNK=chunk,
+        HAS_SOFTCAP=softcap > 0,
+        MAX_SPLITS=max_splits,
+        MIN_TILES=min_tiles,
+        BLOCK_B=block_b,
+        BLOCK_H=max(triton.next_power_of_2(group), 16),
+        BLOCK_N=config.block_n,
+        STRIDE_KN=k_NKD.stride(0),
+        STRIDE_VN=v_NKV.stride(0),
+        OVERLAP=overlap,
+        SWAP=config.swap,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if combine:
         _combine_kernel[(batch * heads,)](
-            cache_seqlens_B, sinks_H, out, lse, partial, partial_lse, batch, workers, out.stride(0), out.stride(1),
-            KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, WINDOW=window, CHUNK=chunk, MAX_SPLITS=max_splits,
-            MIN_TILES=min_tiles, BLOCK_B=block_b, BLOCK_N=config.block_n, BLOCK_S=16, num_warps=4)
+            cache_seqlens_B,
+            sinks_H,
+            out,
+            lse,
+            partial,
+            partial_lse,
+            batch,
+            workers,
+            out.stride(0),
+            out.stride(1),
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            WINDOW=window,
+            CHUNK=chunk,
+            MAX_SPLITS=max_splits,
+            MIN_TILES=min_tiles,
+            BLOCK_B=block_b,
+            BLOCK_N=config.block_n,
+            BLOCK_S=16,
+            OVERLAP=overlap,
+            num_warps=4,
+            **({"launch_pdl": True} if overlap else {}),
+        )
     return out, lse

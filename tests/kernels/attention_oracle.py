@@ -26,11 +26,20 @@ class Case:
     page_size: int
 
 
-def make_case(seqlens: list[int], q_lens: list[int] | None = None, *, page_size: int, heads: int = 4, kv_heads: int = 2,
-              head_dim: int = 16, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:
+def make_case(
+    seqlens: list[int],
+    q_lens: list[int] | None = None,
+    *,
+    page_size: int,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
     """Random q, k, v; pages in random order, page 0 unused; rubbish page ids past each request's last page."""
     random = torch.Generator().manual_seed(seed)
-    q_lens = q_lens or [1] * len(seqlens)
+    q_lens = [1] * len(seqlens) if q_lens is None else q_lens
     counts = [-(-n // page_size) for n in seqlens]
     num_pages = sum(counts) + 4
     order = (torch.randperm(num_pages - 1, generator=random) + 1).to(torch.int32)
@@ -56,8 +65,16 @@ def slots_of(table_P: torch.Tensor, length: int, page_size: int) -> torch.Tensor
     return table_P[keys // page_size].long() * page_size + keys % page_size
 
 
-def oracle(case: Case, *, scale: float, causal: bool = True, softcap: float = 0.0, window: int = 0, chunk: int = 0,
-           sinks: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def oracle(
+    case: Case,
+    *,
+    scale: float,
+    causal: bool = True,
+    softcap: float = 0.0,
+    window: int = 0,
+    chunk: int = 0,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [T, H, D] and natural LSE [T, H] (without the sink) in float64, one request at a time."""
     out = torch.zeros_like(case.q, dtype=torch.float64)
     lse = torch.full(case.q.shape[:2], float("-inf"), dtype=torch.float64, device=case.q.device)
