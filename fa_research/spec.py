@@ -53,7 +53,8 @@ class Capabilities:
 
     mask_features: which parts of a mask's `Band` the kernel evaluates: "causal", "full", "window", "chunk";
         "predicate" means it evaluates any `Mask.allows`.
-    own_v_head_dim: values may have another head dim than keys. page_size_multiple: page sizes must be a multiple of this.
+    own_v_head_dim: values may have another head dim than keys.
+    page_size_multiple: page sizes must be a multiple of this.
     devices: torch device types. dtypes: torch dtype names, as in "bfloat16".
     compute_capability: least CUDA compute capability, as (9, 0).
     host_planning: the backend must run `plan` on the host before every pass (and before every graph replay).
