@@ -1,0 +1,65 @@
+"""Where flash-attention kernels come from: which packages are asked, and what is said when none is there."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from fa_research.backends import flash_attn_providers as providers
+from fa_research.backends.flash_attn_providers import PROVIDERS, resolve
+
+MODULES = {version: [p.module for p in PROVIDERS if version in p.versions] for version in (2, 3)}
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
+
+
+def test_every_package_of_the_design_is_asked() -> None:
+    assert MODULES[3] == ["flash_attn_interface", "sgl_kernel.flash_attn", "vllm.vllm_flash_attn", "kernels"]
+    assert MODULES[2] == ["flash_attn", "vllm.vllm_flash_attn"]
+
+
+@pytest.mark.parametrize(
+    ("version", "pinned"), [(3, "nonsense"), (2, "nonsense"), (2, "kernels"), (3, "flash_attn")]
+)
+def test_an_unknown_provider_names_the_choices(version: int, pinned: str) -> None:
+    provider, reasons = resolve(version, pinned)
+    assert provider is None
+    choices = ", ".join(MODULES[version])
+    assert reasons == (f"backend.provider={pinned} is unknown for FA{version}; choose one of {choices}",)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.skipif(any(map(installed, MODULES[2] + MODULES[3])), reason="a provider is installed")
+def test_without_any_package_each_is_named(version: int) -> None:
+    provider, reasons = resolve(version, None)
+    assert provider is None and len(reasons) == len(MODULES[version])
+    for module, reason in zip(MODULES[version], reasons, strict=True):
+        assert reason.startswith(f"{module}: No module named")
+
+
+@pytest.mark.parametrize(("version", "module"), [(3, "sgl_kernel.flash_attn"), (2, "flash_attn")])
+def test_a_pinned_package_that_is_not_installed_is_the_only_reason(version: int, module: str) -> None:
+    if installed(module):
+        pytest.skip(f"{module} is installed")
+    provider, reasons = resolve(version, module)
+    assert provider is None and len(reasons) == 1 and reasons[0].startswith(f"{module}: ")
+
+
+def test_a_generation_that_a_package_does_not_have() -> None:
+    assert providers.FlashAttn.missing(3) == "flash_attn has no FA3"
+    assert providers.SGLKernel.missing(2) == "sgl_kernel.flash_attn has no FA2"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_pin_takes_that_package(version: int) -> None:
+    found, reasons = resolve(version, None)
+    if found is None:
+        pytest.skip("; ".join(reasons))
+    assert resolve(version, found.module) == (found, ())
+    kernels = found(version)
+    assert kernels.module == found.module and torch.cuda.is_available()

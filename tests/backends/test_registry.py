@@ -1,0 +1,189 @@
+"""Finding, choosing and refusing backends: errors list every reason and what would work."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fa_research import backends
+from fa_research.backends import AttentionBackend, BackendSettings
+from fa_research.errors import BackendUnavailable, ConfigError, Unsupported
+from fa_research.masks import Chunked
+from fa_research.spec import AttentionSpec
+from tests.helpers import make_spec
+
+SPEC = make_spec()
+NO_GPU = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="says what is missing on a machine without a GPU"
+)
+
+
+def settings(
+    device: str = "cpu", dtype: torch.dtype = torch.float16, page_size: int = 16, **more: Any
+) -> BackendSettings:
+    return BackendSettings(torch.device(device), dtype, page_size, max_context_len=128, **more)
+
+
+def test_names() -> None:
+    assert {"torch", "triton", "fa3", "fa2"} <= set(backends.names())
+    assert list(backends.names()) == sorted(backends.names())
+    assert "auto" not in backends.names()
+
+
+def test_a_class_outside_the_package_is_not_registered() -> None:
+    from fa_research.backends.torch_backend import TorchBackend
+
+    class Elsewhere(TorchBackend):
+        name = "elsewhere"
+
+    assert "elsewhere" not in backends.names() and Elsewhere in TorchBackend.__subclasses__()
+
+
+@pytest.mark.parametrize("name", ["flash", "", "Torch", "auto"])
+def test_unknown_name(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        backends.create(name, settings(), [SPEC])
+    assert f"backend.name={name} is unknown" in str(error.value)
+    assert all(choice in str(error.value) for choice in ("auto", *backends.names()))
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_unknown_option(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"backend\.options\.speed is unknown to backend={name}; its options: none"
+    ):
+        backends.create(name, settings("cpu", options={"speed": 11}), [SPEC])
+
+
+def test_create_gives_the_backend_with_one_lowering_a_layer() -> None:
+    specs = [SPEC, make_spec(mask=Chunked(8)), SPEC]
+    backend = backends.create("torch", settings(), specs)
+    assert backend.name == "torch" and isinstance(backend, AttentionBackend)
+    assert [lowering.spec for lowering in backend.lowerings] == specs
+
+
+@NO_GPU
+@pytest.mark.parametrize("name", ["fa3", "fa2"])
+def test_unavailable_lists_what_would_work(name: str) -> None:
+    with pytest.raises(BackendUnavailable) as error:
+        backends.create(name, settings(), [SPEC])
+    assert error.value.alternatives == ("torch", "triton")
+    text = str(error.value)
+    assert text.startswith(f"backend={name} is not available here: needs an NVIDIA")
+    assert "no CUDA device" in text and text.endswith("Backends that would work here: torch, triton")
+
+
+@NO_GPU
+def test_alternatives_are_tried_with_the_same_layers() -> None:
+    """The Triton interpreter takes no bfloat16, so only the oracle is left."""
+    with pytest.raises(BackendUnavailable) as error:
+        backends.create("fa3", settings(dtype=torch.bfloat16), [SPEC])
+    assert error.value.alternatives == ("torch",)
+
+
+@NO_GPU
+def test_options_of_the_refused_backend_do_not_count_against_the_others() -> None:
+    asked = settings(provider="vllm.vllm_flash_attn", num_splits=4, options={"only_for_fa3": 1})
+    with pytest.raises(BackendUnavailable) as error:
+        backends.create("fa3", asked, [SPEC])
+    assert error.value.alternatives == ("torch", "triton")
+
+
+@NO_GPU
+def test_unsupported_lists_every_reason_once() -> None:
+    bad = replace(SPEC, head_dim=80, v_head_dim=80)
+    with pytest.raises(Unsupported) as error:
+        backends.create("triton", settings(dtype=torch.bfloat16), [SPEC, bad, bad])
+    assert error.value.alternatives == ("torch",)
+    reasons = error.value.reasons
+    assert len(reasons) == len(set(reasons)) == 2
+    assert (
+        "dtype bfloat16: takes float16, float32" in reasons[0]
+        and "head dim 80: takes 64, 128, 256" in reasons[1]
+    )
+    assert str(error.value).startswith("backend=triton does not support this combination: ")
+
+
+def test_one_layer_of_many_may_be_the_reason() -> None:
+    odd = replace(SPEC, head_dim=40, v_head_dim=40)
+    assert backends.reasons_against("triton", settings(), [SPEC] * 3) == ()
+    assert len(backends.reasons_against("triton", settings(), [SPEC, SPEC, odd])) == 1
+
+
+def test_refusals_survive_pickling() -> None:
+    """Process-based launchers send errors back that way."""
+    error = Unsupported("triton", ["a", "b"], ["torch"])
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.name, again.reasons, again.alternatives, str(again)) == (
+        "triton",
+        ("a", "b"),
+        ("torch",),
+        str(error),
+    )
+
+
+@NO_GPU
+def test_auto_takes_torch_on_the_cpu_and_says_why() -> None:
+    name, why = backends.choose(settings(), [SPEC])
+    assert (name, why) == ("torch", "the first choice on this device")
+
+
+def test_auto_where_nothing_works_lists_what_was_tried() -> None:
+    with pytest.raises(BackendUnavailable) as error:
+        backends.choose(settings("meta"), [SPEC])
+    assert "backend=auto is not available here" in str(error.value)
+    assert any("torch" in reason and "device meta" in reason for reason in error.value.reasons)
+
+
+@pytest.mark.gpu
+def test_auto_on_the_gpu_takes_the_fastest_that_supports_the_layers() -> None:
+    ranked = {name: backends._registry()[name].speed_rank(torch.device("cuda")) for name in backends.names()}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        asked = settings("cuda", dtype)
+        name, why = backends.choose(asked, [SPEC])
+        can = [other for other in backends.names() if not backends.reasons_against(other, asked, [SPEC])]
+        assert name == max(can, key=lambda other: ranked[other])
+        for faster in (other for other in ranked if ranked[other] > ranked[name]):
+            assert f"not {faster} (" in why
+    assert name == "torch" and "dtype float64" in why
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fa3", "fa2"])
+def test_an_unknown_provider_on_the_gpu(name: str) -> None:
+    with pytest.raises(
+        BackendUnavailable, match=r"backend\.provider=nonsense is unknown for FA[23]; choose one of"
+    ) as error:
+        backends.create(name, settings("cuda", provider="nonsense"), [SPEC])
+    assert {"torch", "triton"} <= set(error.value.alternatives)
+
+
+@pytest.mark.gpu
+def test_triton_on_the_cpu_of_a_gpu_machine_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET=1"):
+        backends.create("triton", settings("cpu"), [SPEC])
+
+
+@pytest.mark.gpu
+def test_what_a_backend_says_it_can_is_what_lowering_accepts() -> None:
+    """On this GPU each available backend accepts plain causal attention in bfloat16; float64 is torch's alone."""
+    for name in backends.names():
+        asked = settings("cuda", torch.bfloat16, page_size=256)
+        if backends._registry()[name].unavailable(asked):
+            continue
+        assert backends.reasons_against(name, asked, [SPEC]) == ()
+        assert (backends.reasons_against(name, replace(asked, dtype=torch.float64), [SPEC]) == ()) == (
+            name == "torch"
+        )
+
+
+def test_specs_are_what_the_message_talks_about() -> None:
+    """A sweep's row shows the reasons as they are: they name the key or the quantity, and what would work."""
+    spec = AttentionSpec(4, 2, 64, 64, 0.1)
+    (reason,) = backends.reasons_against("triton", settings(dtype=torch.float64), [spec])
+    assert reason == "dtype float64: takes float16, float32" or torch.cuda.is_available()
