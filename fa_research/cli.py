@@ -98,7 +98,7 @@ def run_one(cfg: DictConfig) -> Row:
             raise
         if _is_plain(row, error):
             if not multirun:
-                _exit_with(str(error), exit_code([row]))
+                _exit_with(str(error), USER_ERROR if isinstance(error, FaResearchError) else FAILED)
         else:
             log.exception("the run failed")
     if not multirun and (code := exit_code([row])):

@@ -63,7 +63,23 @@ class RowPerCellLauncher(Launcher):
         folder = self.sweep_dir / str(job)
         folder.mkdir(parents=True, exist_ok=True)
         log.warning("\t#%d : %s: %s", job, " ".join(overrides), error)
-        record_failure(folder, error, _as_asked(to_plain(self.config), overrides))
+        record_failure(folder, error, self._as_asked(overrides))
+
+    def _as_asked(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """The config of a cell that cannot be composed: what can be, with the rest set as it was typed."""
+        cfg, kept, left = self.config, list[str](), list[str]()
+        for override in sorted(
+            overrides, key=lambda text: "." in text.partition("=")[0]
+        ):  # groups before their keys
+            try:
+                cfg = self.loader.load_sweep_config(self.config, [*kept, override])
+                kept.append(override)
+            except (HydraException, OmegaConfBaseException, ValueError):
+                left.append(override)
+        plain = to_plain(cfg)
+        for override in left:
+            _set_typed(plain, override)
+        return plain
 
     def _is_complete(self, job: int, cfg: DictConfig) -> bool:
         from fa_research.tracking import Status
@@ -75,21 +91,18 @@ class RowPerCellLauncher(Launcher):
         return True
 
 
-def _as_asked(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The config with overrides set as they were typed, for the row of a cell that Hydra could not compose."""
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        path = key.replace("/", ".").split(".")
-        node = config
-        for name in path[:-1]:
-            child = node.setdefault(name, {})
-            node = child if isinstance(child, dict) else node
-        last = node.get(path[-1])
-        if isinstance(last, dict):  # a group: its choice is its name
-            node[path[-1]] = {**last, "name": value}
-        else:
-            node[path[-1]] = value
-    return config
+def _set_typed(plain: dict[str, Any], override: str) -> None:
+    key, _, value = override.lstrip("+").partition("=")
+    *path, last = key.split(".")
+    node = plain
+    for name in path:
+        if not isinstance(child := node.setdefault(name, {}), dict):
+            return  # a key below a plain value: nothing to show it under
+        node = child
+    if isinstance(group := node.get(last), dict):
+        group["name"] = value  # the choice of a group
+    else:
+        node[last] = value
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -97,7 +97,7 @@ def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_m
     elif len(rows) == 1:
         _print_one(rows[0])
     else:
-        CONSOLE.print(_table(rows, metrics or _main_metrics(rows)[:max_metrics]))
+        CONSOLE.print(_fitting_table(rows, list(metrics or _main_metrics(rows)[:max_metrics])))
         for number, row in enumerate(rows):
             for line in [*row.reasons, *row.notes]:
                 CONSOLE.print(Text(f"#{number} {row.status}: {line}"))
@@ -114,6 +114,15 @@ def _print_one(row: Row) -> None:
         for line in lines:
             table.add_row(kind, Text(line))
     CONSOLE.print(table)
+
+
+def _fitting_table(rows: Sequence[Row], metrics: list[str]) -> Table:
+    """The table with as many metrics as the console has room for, one at least."""
+    table = _table(rows, metrics)
+    while len(metrics) > 1 and CONSOLE.measure(table).maximum >= CONSOLE.width:
+        metrics = metrics[:-1]
+        table = _table(rows, metrics)
+    return table
 
 
 def _table(rows: Sequence[Row], metrics: Sequence[str]) -> Table:
@@ -135,18 +144,19 @@ def _table(rows: Sequence[Row], metrics: Sequence[str]) -> Table:
 
 
 def _main_metrics(rows: Sequence[Row]) -> list[str]:
-    """Names of the numbers worth a column, in the order of first appearance: no percentiles, counts or settings."""
+    """Names of the numbers worth a column: no percentiles, counts or settings; times come before sizes."""
     names = dict.fromkeys(
         name for row in rows for name, value in row.metrics.items() if isinstance(value, int | float)
     )
-    return [name for name in names if not re.search(r"_(p\d+_\w+|count)$", name)]
+    main = [name for name in names if not re.search(r"_(p\d+_\w+|count)$", name)]
+    return sorted(main, key=lambda name: name.endswith(("_bytes", "_pages")))
 
 
 def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
     """Dotted keys whose values differ between configs; a key that some configs lack varies too.
 
-    Where a group's `name` varies, what comes with each name (the sizes of each model, the keys of each workload) is left
-    out unless it differs between configs of one name.
+    Where a group's `name` varies, what comes with each name (the sizes of each model, the keys of each workload) is
+    left out unless it differs between configs of one name.
     """
     flat = [_flat(config) for config in configs if config]
     keys = dict.fromkeys(key for config in flat for key in config)

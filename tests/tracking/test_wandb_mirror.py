@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fa_research.config import Config, TrackingConfig, TrackingMode, to_plain
+from fa_research.errors import BackendUnavailable
 from fa_research.tracking import ROWS_FILE, Row, RowWriter, Status, read_rows, wandb_run
 from fa_research.tracking.wandb_mirror import SERIES_FILE, has_key, resolve_mode
 
@@ -97,10 +98,19 @@ def test_a_failed_cell_is_a_failed_run(tmp_path: Path, status: Status) -> None:
     assert read_back(runs_of(tmp_path)[0])["exit_code"] == 1
 
 
-def test_an_exception_marks_the_run_as_failed_and_goes_on(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="boom"), wandb_run(OFFLINE, resolved={}, output_dir=tmp_path):
-        raise RuntimeError("boom")
-    assert read_back(runs_of(tmp_path)[0])["exit_code"] == 1
+@pytest.mark.parametrize(
+    ("error", "status", "exit_code"),
+    [(RuntimeError("boom"), "error", 1), (BackendUnavailable("fa3", ["no GPU, boom"]), "unsupported", 0)],
+)
+def test_an_exception_is_mirrored_as_a_row_and_goes_on(
+    tmp_path: Path, error: Exception, status: str, exit_code: int
+) -> None:
+    with pytest.raises(type(error), match="boom"), wandb_run(OFFLINE, resolved={}, output_dir=tmp_path):
+        raise error
+    found = read_back(runs_of(tmp_path)[0])
+    assert found["exit_code"] == exit_code
+    assert found["summary"]["status"] == status
+    assert "boom" in found["summary"]["reasons"]
 
 
 def test_a_w_and_b_that_cannot_start_is_a_note_in_the_row(tmp_path: Path) -> None:
