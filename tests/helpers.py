@@ -126,6 +126,8 @@ class Scene:
     decode: bool = False
     poison: str = "all"
     seed: int = 0
+    slack: int = 7  # context limit beyond the longest request
+    lowest_page: int = 1  # the requests' pages are at least this: the lower ones belong to nobody
     cache: PagedKVCache = field(init=False)
     requests: list[CachedRequest] = field(init=False)
     sinks: Tensor | None = field(init=False, default=None)
@@ -146,12 +148,24 @@ class Scene:
         self._fill_cache(totals)
 
     def _fill_cache(self, totals: list[int]) -> None:
-        spec, pages = self.spec, sum(-(-total // self.page_size) for total in self.totals)
+        spec, pages = self.spec, sum(-(-total // self.page_size) for total in totals) + 5
         self.cache = make_cache(
-            pages + 5, self.page_size, max_requests=len(totals) + 3, max_context_len=max(totals) + 7, num_layers=2,
-            kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype=self.dtype, device=self.device,
-        )  # fmt: skip
+            self.lowest_page - 1 + pages,
+            self.page_size,
+            max_requests=len(totals) + 3,
+            max_context_len=max(totals) + self.slack,
+            num_layers=2,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            check_invariants=self.lowest_page == 1,
+        )
         age(self.cache, self.seed)
+        if self.lowest_page > 1:
+            every_page = self.cache.allocator.alloc(self.cache.allocator.num_pages)
+            self.cache.allocator.free(sorted(every_page)[-pages:])
+            self.cache.allocator.churn(self.seed)
         self.requests = [self.cache.open() for _ in totals]
         self.cache.extend(self.requests, [prefix for prefix, _ in self.lens])
         self.cache.extend(self.requests, [new for _, new in self.lens])
