@@ -6,7 +6,9 @@ Legend: T query tokens, B requests, H query heads, K KV heads, D head dim, V val
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -103,6 +105,18 @@ def decode_batch(
         max_seq_len_q=1,
         max_seq_len_k=bound,
     )
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Inside, a call that makes the host wait for the GPU raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def tokens(lens: Sequence[int]) -> list[list[int]]:

@@ -72,7 +72,7 @@ def test_a_request_at_exactly_the_context_limit(
     captured steps."""
     new = max(1, draft_tokens)
     decode = draft_tokens == 0
-    lens = ((50 - new, new), (9, new))  # 50 is a multiple of no page size
+    lens = ((50 - new, new), (9, new))  # 50 is a multiple of no page size but 1
     scene = Scene(make_spec((2, 1)), lens, page_size, dtype_for(device), device, decode=decode, slack=0)
     backend = make(name, scene)
     assert scene.cache.req_to_token.max_context_len == 50 == scene.requests[0].seq_len
@@ -191,7 +191,7 @@ def test_padding_brings_no_nan(name: str, device: str, page_size: int, static: b
 
 @NAMES
 @pytest.mark.gpu
-@pytest.mark.parametrize("page_size", [1, 16, 256])
+@pytest.mark.parametrize("page_size", [16, 256])
 @pytest.mark.parametrize("decode", [False, True], ids=["extend", "decode"])
 def test_only_the_top_pages_of_a_pool_beyond_int32(name: str, page_size: int, decode: bool) -> None:
     """known failure: int32 offsets overflow (vLLM #50427, #47671, SGLang #34025, flashinfer #3136). One
@@ -213,7 +213,7 @@ def test_a_result_is_independent_of_the_neighbours(
     """known failure: split-KV changes a request's result with its neighbours (flash-attention #1897, SGLang
     #10651). The same request alone and in a batch: bit for bit with deterministic=True."""
     long = 9000 if device == "cuda" else 1100  # long enough that its keys are split
-    lens = ((long, 1), (3, 1), (40, 1)) if decode else ((600 if device == "cuda" else 30, 7), (0, 20), (3, 1))
+    lens = ((long, 1), (3, 1), (40, 1)) if decode else ((600 if device == "cuda" else 30, 7), (0, 20), (200, 1))
     scene = Scene(make_spec((2, 1)), lens, page_size, dtype_for(device), device, decode=decode)
     backend = make(name, scene, deterministic=True)
     together = scene.run(backend)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fa_research.batch import ForwardBatch, extend_batch
 from fa_research.kv_cache import CachedRequest, PagedKVCache
 from fa_research.metadata import FlashAttentionMetadata, fill_metadata
-from tests.helpers import DEVICES, age, decode_batch, make_cache, tokens
+from tests.helpers import DEVICES, age, decode_batch, make_cache, no_synchronisation, tokens
 
 UNTOUCHED = -7
 LIMIT = 80
@@ -182,9 +182,6 @@ def test_filling_allocates_nothing_and_waits_for_nothing(page_size: int) -> None
     batch = batch_of(cache, requests, BATCHES["decode"], decode=True)
     fill_metadata(out, batch, table, page_size)  # compiles
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         fill_metadata(out, batch, table, page_size)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

@@ -14,7 +14,7 @@ from fa_research.backends.torch_backend import TorchBackend
 from fa_research.masks import Causal, Chunked, Mask, SlidingWindow
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import Capabilities
-from tests.helpers import Scene, make_spec
+from tests.helpers import Scene, make_spec, no_synchronisation
 
 MIXED = ((0, 6), (20, 1), (15, 18))
 DECODE = ((14, 1), (15, 1), (40, 1), (3, 1))
@@ -167,9 +167,6 @@ def test_an_eager_decode_waits_for_nothing(name: str, device: str, page_size: in
     batch, qkv = scene.batch(), scene.qkv()
     scene.run(backend)  # compiles
     args = (qkv[0], scene.cache.kv.k(1), scene.cache.kv.v(1), backend.lowerings[1], batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         backend.init_forward_metadata(batch, scene.table)
         backend.forward(*args, sinks_H=None, return_lse=False)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
