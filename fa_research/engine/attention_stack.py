@@ -42,8 +42,8 @@ class AttentionStack:
         self.sinks_H = sinks if first.has_sink else None
         self.outputs: dict[int, list[Tensor]] = {}
 
-    def __call__(self, input_ids_T: Tensor, attend: Attend) -> Tensor:
-        """The last layer's output [T, E]. The ids say how many tokens there are, no more."""
+    def __call__(self, input_ids_T: Tensor, attend: Attend, rows_M: Tensor | None = None) -> Tensor:
+        """The last layer's output [T, E], whatever rows are wanted. The ids say how many tokens there are, no more."""
         num_tokens = input_ids_T.shape[0]
         q, k, v = (tensor[:num_tokens] for tensor in (self.q_THD, self.k_TKD, self.v_TKV))
         layers = range(len(self.attention_specs))

@@ -54,7 +54,8 @@ class DecodeRunner:
         device = runner.req_to_token_RW.device
         self._static = DecodeState(max(self.batch_sizes, default=1), device)
         self._state = self._static
-        self.reader = TokenReader(self._static.max_batch_size, device)
+        self.reader = TokenReader(0, device)
+        self._sampled_B = self._static.input_ids_B[:0]
         self.graphs: GraphSet | None = None
         if self.batch_sizes:
             runner.backend.init_cuda_graph_state(max(self.batch_sizes), max_seq_len_k)
@@ -86,7 +87,8 @@ class DecodeRunner:
         fitting = bisect_left(self.batch_sizes, size)
         self._padded_size = self.batch_sizes[fitting] if fitting < len(self.batch_sizes) else 0
         self._state = self._static if self._padded_size else DecodeState(size, self._static.device)
-        self.reader = TokenReader(self._state.max_batch_size, self._static.device)
+        self.reader = TokenReader(size, self._static.device)
+        self._sampled_B = self._state.input_ids_B[:size]
         self._state.load([r.row for r in requests], [r.seq_len for r in requests], last_tokens)
         self._steps_reserved = 0
 
@@ -107,7 +109,7 @@ class DecodeRunner:
         size = len(self._requests)
         self.logits_BX = None if logits is None else logits[:size]
         if logits is not None:
-            self.reader.push(self._state.input_ids_B[:size])
+            self.reader.push(self._sampled_B)
 
     def flush(self) -> None:
         """Bring the requests' `seq_len` on the host up to date with the steps taken."""

@@ -21,8 +21,8 @@ from fa_research.kv_cache import CachedRequest, PagedKVCache
 class EngineModel(Protocol):
     """What the engine needs of a model."""
 
-    def __call__(self, input_ids_T: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, E]."""
+    def __call__(self, input_ids_T: Tensor, attend: Attend, rows_M: Tensor | None = None) -> Tensor:
+        """Hidden states [T, E], or [M, E] of the tokens `rows_M`."""
         ...
 
     def compute_logits(self, hidden: Tensor) -> Tensor | None:
@@ -42,10 +42,10 @@ class ModelRunner:
     def req_to_token_RW(self) -> Tensor:
         return self.cache.req_to_token.req_to_token
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Hidden states [T, E] of a batch whose metadata the backend has built."""
+    def forward(self, batch: ForwardBatch, rows_M: Tensor | None = None) -> Tensor:
+        """Hidden states [T, E] (or of the tokens `rows_M`) of a batch whose metadata the backend has built."""
         attend = PagedAttention(self.backend, self.cache.kv, batch, self.backend.lowerings)
-        return self.model(batch.input_ids_T, attend)
+        return self.model(batch.input_ids_T, attend, rows_M)
 
     def prepare_extend(
         self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int] | Tensor]
@@ -59,9 +59,8 @@ class ModelRunner:
     def extend_pass(self, batch: ForwardBatch) -> Tensor | None:
         """One EXTEND or MIXED pass: metadata, model, logits [B, vocabulary] of each request's last token."""
         metadata = self.backend.init_forward_metadata(batch, self.req_to_token_RW)
-        hidden_TE = self.forward(batch)
         last_B = metadata.cu_seqlens_q_B1[1:].long() - 1
-        return self.model.compute_logits(hidden_TE[last_B])
+        return self.model.compute_logits(self.forward(batch, last_B))
 
     def extend(
         self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int] | Tensor]

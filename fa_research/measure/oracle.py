@@ -104,8 +104,7 @@ def case_logits(engine: Engine, case: Case, dtype: torch.dtype) -> Tensor:
     slots_N = table[case.row, : case.prefix_len].long()
     tokens_T = case.tokens_T.to(device)
     attend = OracleAttention(engine.specs, engine.cache.kv, slots_N, len(tokens_T), dtype)
-    hidden = engine.runner.model(tokens_T, attend)
-    logits = engine.runner.model.compute_logits(hidden[case.at_M.to(device)])
+    logits = engine.runner.model.compute_logits(engine.runner.model(tokens_T, attend, case.at_M.to(device)))
     assert logits is not None
     return logits
 
@@ -155,8 +154,7 @@ def check_reprefill(engine: Engine, cases: Sequence[Case]) -> dict[str, float]:
         request = engine.cache.open()
         batch = engine.runner.prepare_extend([request], [case.tokens_T])
         engine.backend.init_forward_metadata(batch, engine.runner.req_to_token_RW)
-        hidden = engine.runner.forward(batch)
-        logits = engine.runner.model.compute_logits(hidden[case.at_M.to(engine.device)])
+        logits = engine.runner.model.compute_logits(engine.runner.forward(batch, case.at_M.to(engine.device)))
         engine.cache.close(request)
         assert logits is not None
         largest = max(largest, (logits.double() - case.logits_MX.double()).abs().max().item())

@@ -1,12 +1,13 @@
-"""The Llama family of decoders (Llama 3, Qwen 3 with ``qk_norm``), for inference only and blind to attention backends.
+"""The Llama family of decoders (Llama 3, Qwen 3 with ``qk_norm``), for inference only and blind to attention
+backends.
 
 Legend: T tokens of the ragged batch, H query heads, K KV heads, D head dim, V value head dim, E hidden size,
 F intermediate size.
 
-A layer is four matrix products (Q, K and V fused; gate and up fused) and three fused elementwise kernels around the
-attention, which comes in as a function (`fa_research.attention.layer.Attend`) and does the rotation and the cache too.
-Architecture: Touvron et al., "LLaMA" (2023); Grattafiori et al., "The Llama 3 Herd of Models" (2024).
-"""
+A layer is four matrix products (Q, K and V fused; gate and up fused) and three fused elementwise kernels
+around the attention, which comes in as a function (`fa_research.attention.layer.Attend`) and does the
+rotation and the cache too. Architecture: Touvron et al., "LLaMA" (2023); Grattafiori et al., "The Llama 3
+Herd of Models" (2024). """
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ INIT_STD = 0.02
 
 
 def attention_specs(config: ModelConfig) -> tuple[AttentionSpec, ...]:
-    """What each layer asks of a backend, first to last. Allocates nothing: attention can be studied at the shapes of
-    models that do not fit. Raises ValueError for an unknown mask or heads that do not divide."""
+    """What each layer asks of a backend, first to last. Allocates nothing: attention can be studied at the
+    shapes of models that do not fit. Raises ValueError for an unknown mask or heads that do not divide."""
     spec = AttentionSpec(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -45,13 +46,14 @@ def attention_specs(config: ModelConfig) -> tuple[AttentionSpec, ...]:
 
 
 def _weight(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
-    """Uninitialised, on the device and in the dtype it stays in: the weights of a large model exist only once."""
+    """Uninitialised, on the device and in the dtype it stays in: the weights of a large model exist only
+    once."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
 class LlamaLayer(nn.Module):
-    """One decoder layer. It takes the residual stream, and what is still to be added to it, apart: the addition is
-    fused with the norm that follows."""
+    """One decoder layer. It takes the residual stream, and what is still to be added to it, apart: the
+    addition is fused with the norm that follows."""
 
     def __init__(
         self, config: ModelConfig, layer_id: int, *, dtype: torch.dtype, device: torch.device | str
@@ -76,18 +78,30 @@ class LlamaLayer(nn.Module):
         self.gate_up = weight(2 * inner, hidden)  # rows: all of gate, then up
         self.down = weight(hidden, inner)
 
-    def forward(self, x_TE: Tensor | None, residual_TE: Tensor, cos_sin_XD: Tensor, attend: Attend) -> Tensor:
-        """Adds ``x_TE`` (the layer before; None in the first layer) and the attention to ``residual_TE`` in place;
-        returns the output of the MLP, not yet added."""
+    def forward(
+        self,
+        x_TE: Tensor | None,
+        residual_TE: Tensor,
+        cos_sin_XD: Tensor,
+        attend: Attend,
+        rows_M: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Adds ``x_TE`` (the layer before; None in the first layer) and the attention to ``residual_TE`` in
+        place; returns the output of the MLP, not yet added, and the residual. Given ``rows_M`` (the last
+        layer), what follows the attention is computed for these rows only."""
         if x_TE is None:
             x_TE = ops.rms_norm(residual_TE, self.input_norm_E, self.eps)
         else:
             x_TE = ops.add_rms_norm(x_TE, residual_TE, self.input_norm_E, self.eps)
-        x_TE = self._attention(x_TE, cos_sin_XD, attend)
+        attention = self._attention(x_TE, cos_sin_XD, attend)
+        if rows_M is not None:
+            attention, residual_TE = attention[rows_M], residual_TE[rows_M]
+        x_TE = F.linear(attention, self.o)
         x_TE = ops.add_rms_norm(x_TE, residual_TE, self.mlp_norm_E, self.eps)
-        return F.linear(ops.silu_mul(F.linear(x_TE, self.gate_up)), self.down)
+        return F.linear(ops.silu_mul(F.linear(x_TE, self.gate_up)), self.down), residual_TE
 
     def _attention(self, x_TE: Tensor, cos_sin_XD: Tensor, attend: Attend) -> Tensor:
+        """The heads' outputs side by side, [T, H * V]."""
         num_tokens = x_TE.shape[0]
         qkv = F.linear(x_TE, self.qkv).view(num_tokens, -1, self.head_dim)
         q_THD, k_TKD, v_TKD = qkv.split(self.heads, dim=1)  # views: the kernels take strided tokens
@@ -95,7 +109,7 @@ class LlamaLayer(nn.Module):
             ops.rms_norm(q_THD, self.q_norm_D, self.eps, out=q_THD)
             ops.rms_norm(k_TKD, self.k_norm_D, self.eps, out=k_TKD)
         out_THV = attend(self.layer_id, q_THD, k_TKD, v_TKD, rope=cos_sin_XD, sinks_H=self.sinks_H)
-        return F.linear(out_THV.reshape(num_tokens, -1), self.o)
+        return out_THV.reshape(num_tokens, -1)
 
 
 class LlamaForCausalLM(nn.Module):
@@ -124,12 +138,15 @@ class LlamaForCausalLM(nn.Module):
         )
         self.register_buffer("cos_sin_XD", table, persistent=False)
 
-    def forward(self, input_ids_T: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, E] after the final norm, for token ids [T] (int32 or int64) of a ragged batch."""
+    def forward(self, input_ids_T: Tensor, attend: Attend, rows_M: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, for token ids [T] (int32 or int64) of a ragged batch: [T, E],
+        or [M, E] for the tokens ``rows_M`` alone. Prefill wants each request's last one: the last layer's
+        MLP, a share of 1 / L of the work, is then done for a few tokens instead of all."""
         residual_TE = F.embedding(input_ids_T, self.embedding)
         x_TE: Tensor | None = None
         for layer in self.layers:
-            x_TE = layer(x_TE, residual_TE, self.cos_sin_XD, attend)
+            wanted = rows_M if layer is self.layers[-1] else None
+            x_TE, residual_TE = layer(x_TE, residual_TE, self.cos_sin_XD, attend, wanted)
         assert x_TE is not None, "a model has at least one layer"
         return ops.add_rms_norm(x_TE, residual_TE, self.final_norm_E, self.config.rms_norm_eps)
 
@@ -139,8 +156,8 @@ class LlamaForCausalLM(nn.Module):
 
     @torch.no_grad()
     def init_random_(self, seed: int) -> None:
-        """Matrices and sinks normal with standard deviation 0.02, norm weights 1. The same seed gives the same weights
-        on the same type of device in the same dtype."""
+        """Matrices and sinks normal with standard deviation 0.02, norm weights 1. The same seed gives the
+        same weights on the same type of device in the same dtype."""
         generator = torch.Generator(device=self.embedding.device).manual_seed(seed)
         for name, weight in self.named_parameters():
             if "_norm_" in name:
@@ -155,5 +172,6 @@ class LlamaForCausalLM(nn.Module):
 
     @property
     def step_weight_bytes(self) -> int:
-        """Bytes of weights that one decode step reads: all but the embedding table, of which it reads a row a token."""
+        """Bytes of weights that one decode step reads: all but the embedding table, of which it reads a row a
+        token."""
         return self.weight_bytes - (0 if self.head is self.embedding else self.embedding.nbytes)
