@@ -14,21 +14,25 @@ from fa_research.errors import ConfigError
 from fa_research.spec import Capabilities, GraphSupport
 
 Step = Callable[[int], Tensor | None]
+Prepare = Callable[[int], object]
 
 
 class GraphSet:
-    """Captures `step(batch_size)` for each size. The static buffers must hold padding only while this runs,
+    """Captures `step(batch_size)` for each size; `prepare(batch_size)`, if there is one, is what each launch needs done on
+    the host first, and stays outside the graphs. The static buffers must hold padding only while this runs,
     so that the warm-up's writes go to the sink page. `step`'s result is a tensor in the graphs' pool,
     overwritten by each replay."""
 
     _WARMUPS = 2  # compiles kernels and lets libraries allocate their workspaces outside the capture
 
-    def __init__(self, step: Step, batch_sizes: Sequence[int]) -> None:
+    def __init__(self, step: Step, batch_sizes: Sequence[int], prepare: Prepare | None = None) -> None:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, Tensor | None] = {}
         pool: Any = torch.cuda.graph_pool_handle()
         with torch.inference_mode():
             for batch_size in sorted(batch_sizes, reverse=True):
+                if prepare is not None:
+                    prepare(batch_size)
                 self._capture(step, batch_size, pool)
 
     def _capture(self, step: Step, batch_size: int, pool: Any) -> None:

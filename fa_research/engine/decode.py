@@ -7,7 +7,7 @@ sampling. The host reserves pages ahead, every few steps.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class DecodeRunner:
         self.mode = mode
         self.batch_sizes = sorted(batch_sizes) if mode is not GraphMode.off else []
         self.max_seq_len_k = max_seq_len_k
-        self.logits_BX: Tensor | None = None
+        self._padded_logits: Tensor | None = None
         self._reserve_ahead = reserve_ahead
         self._requests: list[CachedRequest] = []
         self._steps_reserved = 0
@@ -60,7 +60,12 @@ class DecodeRunner:
         if self.batch_sizes:
             runner.backend.init_cuda_graph_state(max(self.batch_sizes), max_seq_len_k)
         if mode is GraphMode.on:
-            self.graphs = GraphSet(self._capture_step, self.batch_sizes)
+            self.graphs = self._capture()
+
+    @property
+    def logits_BX(self) -> Tensor | None:
+        """The last step's logits [B, vocabulary], overwritten by the next; None without a head."""
+        return None if self._padded_logits is None else self._padded_logits[: len(self._requests)]
 
     @property
     def ran_eagerly(self) -> bool:
@@ -94,8 +99,8 @@ class DecodeRunner:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One token for every request. Nothing is waited for: `reader` has the tokens, `logits_BX` the logits
-        ([B, vocabulary], overwritten by the next step). Raises KVCacheFull or ConfigError (context limit)."""
+        """One token for every request. Nothing is waited for: `reader` has the tokens, `logits_BX` the logits.
+        Raises KVCacheFull or ConfigError (context limit)."""
         if self._steps_reserved == 0:
             self._reserve()
         if self._padded_size == 0:
@@ -106,8 +111,7 @@ class DecodeRunner:
             logits = self._static_step(self._padded_size)
         self._steps_reserved -= 1
         self._steps_unrecorded += 1
-        size = len(self._requests)
-        self.logits_BX = None if logits is None else logits[:size]
+        self._padded_logits = logits
         if logits is not None:
             self.reader.push(self._sampled_B)
 
@@ -117,31 +121,42 @@ class DecodeRunner:
             request.seq_len += self._steps_unrecorded
         self._steps_unrecorded = 0
 
+    def _capture(self) -> GraphSet:
+        if not self._plans_on_host:
+            return GraphSet(self._capture_step, self.batch_sizes)
+        backend = self.runner.backend
+        # Virtual requests are new tensors in every pass: outside the graph, a replay would read those of the capture.
+        assert not any(lowering.chunk for lowering in backend.lowerings), "chunks with host planning are not captured"
+        init_metadata = backend.init_forward_metadata_capture_cuda_graph
+        return GraphSet(self._capture_step, self.batch_sizes, lambda size: self._prepare(size, init_metadata))
+
     def _capture_step(self, batch_size: int) -> Tensor | None:
         """What a graph holds: the whole step, or, for a backend that plans on the host, all but the preparation."""
         if not self._plans_on_host:
             return self._static_step(batch_size)
-        batch = self._static.batch(batch_size, self.max_seq_len_k)
-        self.runner.backend.init_forward_metadata_capture_cuda_graph(batch, self.runner.req_to_token_RW)
-        return self._compute(batch, self._static)
+        return self._compute(self._static.batch(batch_size, self.max_seq_len_k), self._static)
 
     def _replay(self, batch_size: int) -> Tensor | None:
         assert self.graphs is not None
         if self._plans_on_host:
-            table = self.runner.req_to_token_RW
-            batch = self._static.advance(batch_size, table, self.max_seq_len_k)
-            batch.seq_lens_cpu = self._lens_after_step(batch_size)
-            self.runner.backend.init_forward_metadata_replay_cuda_graph(batch, table)
+            self._prepare(batch_size, self.runner.backend.init_forward_metadata_replay_cuda_graph)
         return self.graphs.replay(batch_size)
 
     def _static_step(self, batch_size: int) -> Tensor | None:
         """The step on the static buffers: what a graph captures, and what `simulate` runs."""
+        batch = self._prepare(batch_size, self.runner.backend.init_forward_metadata_capture_cuda_graph)
+        return self._compute(batch, self._static)
+
+    def _prepare(
+        self, batch_size: int, init_metadata: Callable[[ForwardBatch, Tensor], object]
+    ) -> ForwardBatch:
+        """The next step's lengths, positions, slots and metadata in the static buffers."""
         table = self.runner.req_to_token_RW
         batch = self._static.advance(batch_size, table, self.max_seq_len_k)
         if self._plans_on_host:
             batch.seq_lens_cpu = self._lens_after_step(batch_size)
-        self.runner.backend.init_forward_metadata_capture_cuda_graph(batch, table)
-        return self._compute(batch, self._static)
+        init_metadata(batch, table)
+        return batch
 
     def _eager_step(self) -> Tensor | None:
         size, table = len(self._requests), self.runner.req_to_token_RW
@@ -169,6 +184,13 @@ class DecodeRunner:
         cache = self.runner.cache
         limit = cache.req_to_token.max_context_len
         longest = max(request.seq_len for request in self._requests)
+        if self._padded_size:  # the static page table is no wider
+            limit = min(limit, self.max_seq_len_k)
+            if longest >= limit:
+                raise ConfigError(
+                    f"a request of {longest + 1} tokens passes the context limit of {limit} tokens that decode steps "
+                    f"were captured for; shorten the workload's context, prompt or steps"
+                )
         ahead = max(1, min(self._reserve_ahead, limit - longest))
         try:
             cache.reserve(self._requests, [request.seq_len + ahead for request in self._requests])
