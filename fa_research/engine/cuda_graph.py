@@ -18,9 +18,9 @@ Prepare = Callable[[int], object]
 
 
 class GraphSet:
-    """Captures `step(batch_size)` for each size; `prepare(batch_size)`, if there is one, is what each launch needs done on
-    the host first, and stays outside the graphs. The static buffers must hold padding only while this runs,
-    so that the warm-up's writes go to the sink page. `step`'s result is a tensor in the graphs' pool,
+    """Captures `step(batch_size)` for each size. `prepare(batch_size)`, where given, is host work that precedes
+    each launch; it stays outside the graphs. The static buffers must hold padding only while this runs, so
+    that the warm-up's writes go to the sink page. `step`'s result is a tensor in the graphs' pool,
     overwritten by each replay."""
 
     _WARMUPS = 2  # compiles kernels and lets libraries allocate their workspaces outside the capture

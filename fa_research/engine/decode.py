@@ -126,7 +126,9 @@ class DecodeRunner:
             return GraphSet(self._capture_step, self.batch_sizes)
         backend = self.runner.backend
         # Virtual requests are new tensors in every pass: outside the graph, a replay would read those of the capture.
-        assert not any(lowering.chunk for lowering in backend.lowerings), "chunks with host planning are not captured"
+        assert not any(lowering.chunk for lowering in backend.lowerings), (
+            "chunks with host planning are not captured"
+        )
         init_metadata = backend.init_forward_metadata_capture_cuda_graph
         return GraphSet(self._capture_step, self.batch_sizes, lambda size: self._prepare(size, init_metadata))
 
