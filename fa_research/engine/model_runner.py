@@ -15,6 +15,7 @@ from torch import Tensor
 from fa_research.attention.layer import Attend, PagedAttention
 from fa_research.backends import AttentionBackend
 from fa_research.batch import ForwardBatch, extend_batch
+from fa_research.errors import ConfigError
 from fa_research.kv_cache import CachedRequest, PagedKVCache
 
 
@@ -50,7 +51,9 @@ class ModelRunner:
     def prepare_extend(
         self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int] | Tensor]
     ) -> ForwardBatch:
-        """Reserve slots for the new tokens and make their batch. Raises KVCacheFull, changing nothing."""
+        """Reserve slots for the new tokens and make their batch. Raises KVCacheFull, or ConfigError for a request
+        without new tokens or past the context limit; then nothing has changed."""
+        _refuse_empty(new_tokens)
         prefix_lens = [request.seq_len for request in requests]
         self.cache.extend(requests, [len(tokens) for tokens in new_tokens])
         return extend_batch(self.req_to_token_RW, [r.row for r in requests], prefix_lens, new_tokens)
@@ -70,14 +73,21 @@ class ModelRunner:
 
     def extend_in_chunks(
         self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int]], chunk_size: int
-    ) -> Tensor:
-        """Chunked prefill: passes of at most `chunk_size` tokens of each request, while any has tokens left. Logits
-        [B, vocabulary] of every request's last token."""
+    ) -> Tensor | None:
+        """Chunked prefill: passes of at most `chunk_size` tokens of each request, while any has tokens left.
+        Logits [B, vocabulary] of every request's last token."""
+        _refuse_empty(new_tokens)
         last: dict[int, Tensor] = {}
         for start in range(0, max(map(len, new_tokens)), chunk_size):
             active = [i for i, tokens in enumerate(new_tokens) if len(tokens) > start]
             pieces = [new_tokens[i][start : start + chunk_size] for i in active]
             logits = self.extend([requests[i] for i in active], pieces)
-            assert logits is not None, "chunked prefill needs a model with a head"
-            last |= dict(zip(active, logits, strict=True))
-        return torch.stack([last[i] for i in range(len(requests))])
+            if logits is not None:
+                last |= dict(zip(active, logits, strict=True))
+        return torch.stack([last[i] for i in range(len(requests))]) if last else None
+
+
+def _refuse_empty(new_tokens: Sequence[Sequence[int] | Tensor]) -> None:
+    lens = [len(tokens) for tokens in new_tokens]
+    if not lens or min(lens) < 1:
+        raise ConfigError(f"every request of an extend pass needs at least one new token, got lengths {lens}")
