@@ -53,8 +53,9 @@ class Text(Workload):
             Unit("decode_step", self.decoder.step, size, steps, host_time=True),
         ]
 
-    def _prefill(self) -> Tensor:
-        """All prompts from nothing; logits [B, X] of their last tokens. Decoding starts where it ends."""
+    def _prefill(self) -> Tensor | None:
+        """All prompts from nothing; logits [B, X] of their last tokens (None for the attention path alone, where
+        nothing is sampled). Decoding starts where it ends."""
         for request in self.requests:
             self.engine.cache.close(request)
         runner, options = self.engine.runner, self.options
@@ -69,12 +70,17 @@ class Text(Workload):
             self.requests = [self.engine.cache.open() for _ in self.prompts]
         rest = [prompt[r.seq_len :] for r, prompt in zip(self.requests, self.prompts, strict=True)]
         logits = runner.extend_in_chunks(self.requests, rest, options.chunk_size)
-        self.decoder.start(self.requests, logits.argmax(-1))
+        last_tokens = [0] * len(self.requests) if logits is None else logits.argmax(-1)
+        self.decoder.start(self.requests, last_tokens)
         return logits
 
     def checked_pass(self) -> tuple[Pass, list[Case]]:
         """The prompts and `steps` greedy tokens; every token's logits are kept for the checked requests."""
         first = self._prefill()
+        if first is None:
+            for _ in range(self.options.steps):
+                self.decoder.step()
+            return self.current_pass(), []
         chosen = pick(len(self.requests), self.config.measure.check_requests)
         logits, tokens = [first[chosen]], [first.argmax(-1).tolist()]
         for _ in range(self.options.steps - 1):
