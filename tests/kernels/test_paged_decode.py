@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from fa_research.kernels.paged_decode import DecodeConfig, decode_config, paged_decode
-from tests.kernels.attention_oracle import DEVICE, DTYPES, TOLERANCE, Case, assert_close, make_case, oracle
+from tests.kernels.attention_oracle import (
+    DEVICE,
+    DTYPES,
+    TOLERANCE,
+    Case,
+    assert_close,
+    make_case,
+    oracle,
+    slots_of,
+)
 
 SCALE = 0.3
 SMALL = DecodeConfig(block_n=16, num_warps=4, num_stages=2, workers_per_sm=3, min_tiles=1)
@@ -66,6 +75,20 @@ def test_chunk_boundaries(length: int) -> None:
     check(make_case([length, length + 1], page_size=16), semantics={"chunk": 16}, num_splits=2)
 
 
+@pytest.mark.parametrize("semantics", [{"window": 20}, {"chunk": 24}], ids=str)
+def test_keys_out_of_the_mask_are_not_read(semantics: dict) -> None:
+    """Their pages may have been given to another request that has not written them yet."""
+    case = make_case([70, 33], page_size=8)
+    expected, _ = oracle(case, scale=SCALE, **semantics)
+    for row, length in enumerate([70, 33]):
+        first = max(
+            length - semantics.get("window", length), (length - 1) // 24 * 24 * ("chunk" in semantics)
+        )
+        dead = slots_of(case.page_table[row], length, 8)[:first]
+        case.k[dead] = case.v[dead] = float("nan")
+    assert_close(decode(case, **semantics)[0], expected, 2e-5)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (14, 2), (8, 1), (20, 1)])
 def test_group_sizes(heads: int, kv_heads: int) -> None:
     check(make_case([40, 7], page_size=8, heads=heads, kv_heads=kv_heads), num_splits=2)
@@ -82,6 +105,13 @@ def test_default_configuration(head_dim: int, dtype: torch.dtype) -> None:
 def test_more_requests_than_workers_and_the_other_way_round() -> None:
     check(make_case([19] * 20, page_size=16, heads=2, kv_heads=1))
     check(make_case([130], page_size=16, heads=1, kv_heads=1))
+
+
+def test_a_share_may_end_within_a_short_request() -> None:
+    """Also where no request is as long as the fewest tiles that a worker takes."""
+    for min_tiles in (2, 3, 5):
+        config = DecodeConfig(16, num_warps=4, num_stages=2, workers_per_sm=3, min_tiles=min_tiles)
+        check(make_case([20] * 7, page_size=16, heads=2, kv_heads=1), _config=config)
 
 
 def test_deterministic_result_is_the_same_alone_and_in_any_batch() -> None:
@@ -149,15 +179,16 @@ def test_nothing_to_attend_to() -> None:
     assert out.shape == (0, 4, 16) and lse.shape == (0, 4)
 
 
-def test_offsets_pass_two_to_the_31() -> None:
+@pytest.mark.parametrize("page_size", [8, 16])
+def test_offsets_pass_two_to_the_31(page_size: int) -> None:
     """Only the top pages of a pool of more than 2**31 elements; pages that nobody touches cost no memory."""
-    case = make_case([20, 9], page_size=16, dtype=torch.float16)
+    case = make_case([20, 9], page_size=page_size, dtype=torch.float16)
     slots = -(-(2**31 + 2**20) // (2 * 16)) // 16 * 16
     pool = torch.empty((slots, 2, 16), dtype=torch.float16, device=DEVICE)
     shift = slots - case.k.shape[0]
     pool[shift:] = case.k
-    table = case.page_table + shift // 16
-    same = Case(case.q, pool, pool, table, case.cache_seqlens, case.cu_seqlens_q, 16)
+    table = case.page_table + shift // page_size
+    same = Case(case.q, pool, pool, table, case.cache_seqlens, case.cu_seqlens_q, page_size)
     case.v = case.k
     out, _ = decode(same)
     assert_close(out, oracle(case, scale=SCALE)[0], 4e-3)

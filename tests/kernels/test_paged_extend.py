@@ -7,7 +7,16 @@ import torch
 
 from fa_research.kernels.paged_decode import paged_decode
 from fa_research.kernels.paged_extend import ExtendConfig, paged_extend
-from tests.kernels.attention_oracle import DEVICE, DTYPES, TOLERANCE, Case, assert_close, make_case, oracle
+from tests.kernels.attention_oracle import (
+    DEVICE,
+    DTYPES,
+    TOLERANCE,
+    Case,
+    assert_close,
+    make_case,
+    oracle,
+    slots_of,
+)
 
 SCALE = 0.3
 SMALL = ExtendConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
@@ -91,6 +100,20 @@ def test_tiles_of_other_shapes(block: tuple[int, int]) -> None:
         check(case, semantics=semantics, _config=config)
 
 
+@pytest.mark.parametrize("semantics", [{"window": 20}, {"chunk": 24}], ids=str)
+def test_keys_out_of_every_mask_are_not_read(semantics: dict) -> None:
+    """Their pages may have been given to another request that has not written them yet."""
+    case = make_case([70, 33], [9, 1], page_size=8)
+    expected, _ = oracle(case, scale=SCALE, **semantics)
+    for row, (length, position) in enumerate([(70, 61), (33, 32)]):
+        first = max(
+            position + 1 - semantics.get("window", length), position // 24 * 24 * ("chunk" in semantics)
+        )
+        dead = slots_of(case.page_table[row], length, 8)[:first]
+        case.k[dead] = case.v[dead] = float("nan")
+    assert_close(extend(case, **semantics)[0], expected, 2e-5)
+
+
 def test_sinks_and_heads() -> None:
     sinks = torch.randn(6, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     check(make_case([30, 7], [21, 7], page_size=8, heads=6, kv_heads=2), sinks, {"window": 12})
@@ -146,13 +169,15 @@ def test_a_request_does_not_depend_on_its_neighbours() -> None:
         assert torch.equal(alone, out[begin:end])
 
 
-def test_offsets_pass_two_to_the_31() -> None:
+@pytest.mark.parametrize("page_size", [8, 16])
+def test_offsets_pass_two_to_the_31(page_size: int) -> None:
     """Only the top pages of a pool of more than 2**31 elements; pages that nobody touches cost no memory."""
-    case = make_case([20, 9], [18, 9], page_size=16, dtype=torch.float16)
+    case = make_case([20, 9], [18, 9], page_size=page_size, dtype=torch.float16)
     slots = -(-(2**31 + 2**20) // (2 * 16)) // 16 * 16
     pool = torch.empty((slots, 2, 16), dtype=torch.float16, device=DEVICE)
     shift = slots - case.k.shape[0]
     pool[shift:] = case.k
-    same = Case(case.q, pool, pool, case.page_table + shift // 16, case.cache_seqlens, case.cu_seqlens_q, 16)
+    table = case.page_table + shift // page_size
+    same = Case(case.q, pool, pool, table, case.cache_seqlens, case.cu_seqlens_q, page_size)
     case.v = case.k
     assert_close(extend(same)[0], oracle(case, scale=SCALE)[0], 4e-3)
