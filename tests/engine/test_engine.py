@@ -1,0 +1,280 @@
+"""What the engine chooses where the config leaves it open, and what it says where the config cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fa_research.config import (
+    BackendConfig,
+    Config,
+    CudaGraphConfig,
+    Device,
+    Dtype,
+    GraphMode,
+    KVConfig,
+    ModelConfig,
+)
+from fa_research.engine.attention_stack import AttentionStack
+from fa_research.engine.cuda_graph import resolve_graph_mode
+from fa_research.engine.engine import (
+    Engine,
+    Needs,
+    build_engine,
+    create_cache,
+    resolve_device,
+    resolve_dtype,
+)
+from fa_research.errors import BackendUnavailable, ConfigError
+from fa_research.kv_cache import TokenToKVPool
+from fa_research.kv_cache.capacity import free_bytes
+from fa_research.models import attention_specs, build_model
+from fa_research.spec import Capabilities, GraphSupport
+from tests.helpers import DEVICES
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MODEL = ModelConfig(
+    num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=64, intermediate_size=32
+)
+NEEDS = Needs((20, 33, 1), 54)
+
+
+def config_of(**changes: Any) -> Config:
+    return dataclasses.replace(Config(model=MODEL), **changes)
+
+
+def engine_of(config: Config, needs: Needs = NEEDS, device: torch.device = CPU) -> Engine:
+    make = lambda device, dtype: build_model(config.model, dtype=dtype, device=device, seed=config.seed)  # noqa: E731
+    return build_engine(config, needs, attention_specs(config.model), device, make)
+
+
+def resolved(mode: GraphMode, device: torch.device, support: GraphSupport) -> GraphMode:
+    can = Capabilities(frozenset(), frozenset(), frozenset(), cuda_graph=support)
+    return resolve_graph_mode(CudaGraphConfig(mode), device, can, "some")
+
+
+def test_graph_mode() -> None:
+    decode, never = GraphSupport.DECODE, GraphSupport.NEVER
+    assert resolved(GraphMode.auto, CPU, decode) is GraphMode.simulate
+    assert resolved(GraphMode.auto, CPU, never) is GraphMode.simulate
+    assert resolved(GraphMode.auto, CUDA, decode) is GraphMode.on
+    assert resolved(GraphMode.auto, CUDA, never) is GraphMode.off
+    assert resolved(GraphMode.on, CUDA, decode) is GraphMode.on
+    for device in (CPU, CUDA):
+        for mode in (GraphMode.off, GraphMode.simulate):
+            assert resolved(mode, device, never) is mode
+    with pytest.raises(
+        ConfigError, match=r"cuda_graph.mode=on needs a CUDA device.*cpu.*cuda_graph.mode=simulate or off"
+    ):
+        resolved(GraphMode.on, CPU, decode)
+    with pytest.raises(ConfigError, match="backend=some cannot be captured; use cuda_graph.mode=off"):
+        resolved(GraphMode.on, CUDA, never)
+
+
+def test_graph_mode_is_refused_before_memory_is_taken() -> None:
+    config = config_of(cuda_graph=CudaGraphConfig(GraphMode.on), kv=KVConfig(num_pages=10**12))
+    with pytest.raises(ConfigError, match="cuda_graph.mode=on"):
+        engine_of(config)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes", "captured"),
+    [
+        (1, [1, 2, 4], [1]),
+        (3, [4, 1, 2], [1, 2, 4]),
+        (4, [1, 2, 4, 8], [1, 2, 4]),
+        (5, [1, 2, 4], []),
+        (2, [8], [8]),
+    ],
+)
+def test_the_sizes_that_a_batch_needs_are_captured(
+    batch_size: int, sizes: list[int], captured: list[int]
+) -> None:
+    engine = engine_of(config_of(cuda_graph=CudaGraphConfig(GraphMode.simulate, sizes)))
+    decoder = engine.decoder(batch_size, 33)
+    assert decoder.batch_sizes == captured
+    assert decoder.mode is (GraphMode.simulate if captured else GraphMode.off)
+
+
+def test_a_batch_above_the_largest_size_runs_eagerly_and_is_noted() -> None:
+    engine = engine_of(config_of(cuda_graph=CudaGraphConfig(GraphMode.simulate, [1, 2])))
+    requests = [engine.cache.open() for _ in range(3)]
+    assert engine.runner.extend(requests, [[1], [2], [3]]) is not None
+    decoder = engine.decoder(3, 33)
+    decoder.start(requests, [4, 5, 6])
+    decoder.step()
+    assert decoder.ran_eagerly and decoder.padded_size == 3
+    (note,) = [note for note in engine.notes if "eagerly" in note]
+    assert note == "ran eagerly: batch size 3 is above the largest of cuda_graph.batch_sizes (2)"
+    small = engine.decoder(2, 33)
+    small.start(requests[:2], [4, 5])
+    assert not small.ran_eagerly and small.padded_size == 2
+    assert sum("eagerly" in note for note in engine.notes) == 1
+
+
+def test_eager_by_request_is_not_noted() -> None:
+    for sizes in ([1, 2], []):
+        engine = engine_of(config_of(cuda_graph=CudaGraphConfig(GraphMode.off, sizes)))
+        assert engine.decoder(3, 33).mode is GraphMode.off
+        assert not any("eagerly" in note for note in engine.notes)
+
+
+def test_device_and_dtype() -> None:
+    assert resolve_device(config_of(device=Device.cpu)) == CPU
+    assert resolve_dtype(Dtype.auto, CPU) is torch.float32
+    assert resolve_dtype(Dtype.auto, CUDA) is torch.bfloat16
+    assert resolve_dtype(Dtype.float16, CPU) is torch.float16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="device=cuda: torch sees no CUDA device here; use device=cpu"):
+        resolve_device(config_of(device=Device.cuda))
+    assert resolve_device(config_of(device=Device.auto)) == CPU
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_the_automatic_choice() -> None:
+    assert resolve_device(config_of(device=Device.auto)).type == "cuda"
+    assert resolve_device(config_of(device=Device.cpu)) == CPU
+
+
+def test_the_automatic_backend_is_noted_with_its_reason() -> None:
+    engine = engine_of(config_of(backend=BackendConfig("auto")))
+    assert engine.backend.name == "torch"
+    assert engine.notes == ["backend=auto chose torch: the first choice on this device"]
+    assert engine_of(config_of(backend=BackendConfig("torch"))).notes == []
+
+
+def test_a_backend_that_cannot_run_here_names_those_that_can() -> None:
+    with pytest.raises(BackendUnavailable, match="no CUDA device.*would work here: torch"):
+        engine_of(config_of(backend=BackendConfig("fa3")))
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 256])
+def test_the_pool_is_what_the_workload_needs(page_size: int) -> None:
+    cache = engine_of(config_of(kv=KVConfig(page_size))).cache
+    assert cache.allocator.num_pages == sum(-(-n // page_size) for n in NEEDS.seq_lens)
+    assert cache.req_to_token.max_requests == 3
+    requests = [cache.open() for _ in NEEDS.seq_lens]
+    cache.extend(requests, NEEDS.seq_lens)
+    assert cache.allocator.pages_free == 0
+
+
+def test_the_free_list_is_churned_unless_told_otherwise() -> None:
+    free = engine_of(config_of(kv=KVConfig(1))).cache.allocator.free_pages()
+    assert sorted(free) == list(range(1, 55)) and list(free) != sorted(free, reverse=True)
+    assert engine_of(config_of(kv=KVConfig(1))).cache.allocator.free_pages() == free
+    assert engine_of(config_of(kv=KVConfig(1), seed=1)).cache.allocator.free_pages() != free
+    orderly = engine_of(config_of(kv=KVConfig(1, churn=False))).cache.allocator
+    assert orderly.alloc(3) == [1, 2, 3]
+
+
+REFUSED: list[tuple[KVConfig, Needs, str]] = [
+    (KVConfig(16, num_pages=5), NEEDS, r"kv.num_pages=5 gives 5 pages.*the workload needs 6"),
+    (KVConfig(16, memory_fraction=1e-9), NEEDS, r"kv.memory_fraction=1e-09 gives 0 pages.*the workload needs 6"),
+    (KVConfig(16, max_requests=2), NEEDS, r"kv.max_requests=2: the workload has 3 requests"),
+    (KVConfig(16), Needs((4097,), 1), r"context of 4097 tokens, model.max_context_len is 4096"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kv", "needs", "message"), REFUSED)
+def test_a_pool_that_cannot_serve_the_workload_is_refused(kv: KVConfig, needs: Needs, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine_of(config_of(kv=kv), needs)
+
+
+def test_more_pages_and_rows_than_needed() -> None:
+    cache = engine_of(config_of(kv=KVConfig(16, num_pages=50, max_requests=9))).cache
+    assert (cache.allocator.num_pages, cache.req_to_token.max_requests) == (50, 9)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_pool_takes_the_fraction_of_free_memory_that_was_asked_for(device: str) -> None:
+    """Within one per cent, the sink page included (and on the GPU in what the device says it has left)."""
+    where, fraction = torch.device(device), 0.002 if device == "cpu" else 0.05
+    config = config_of(kv=KVConfig(16, memory_fraction=fraction))
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    asked = free_bytes(where) * fraction
+    cache = create_cache(config, NEEDS, attention_specs(MODEL), where, torch.float32)
+    noise = 0.01 if device == "cuda" else 0.1  # other processes use the host's memory too
+    assert abs(cache.kv.num_bytes / asked - 1) < noise
+    per_page = TokenToKVPool.bytes_per_page(
+        16, num_layers=1, num_kv_heads=1, head_dim=64, v_head_dim=64, dtype=torch.float32
+    )
+    assert cache.kv.num_bytes == (cache.allocator.num_pages + 1) * per_page
+    if device == "cuda":
+        gone = asked / fraction - free_bytes(where)
+        assert abs(gone / asked - 1) < 0.01
+
+
+def test_strict_debugging_poisons_and_checks() -> None:
+    config = config_of(kv=KVConfig(16))
+    config.debug.poison = config.debug.check_invariants = True
+    cache = engine_of(config).cache
+    assert bool(cache.kv.k_LNKD.isnan().all()) and bool(cache.kv.v_LNKV.isnan().all())
+    request = cache.open()
+    cache.extend([request], [20])
+    request.pages.append(request.pages[0])
+    with pytest.raises(AssertionError):
+        cache.extend([request], [1])
+
+
+def stack_of(num_layers: int = 2, **changes: Any) -> tuple[AttentionStack, Any]:
+    specs = attention_specs(dataclasses.replace(MODEL, num_layers=num_layers, **changes))
+    stack = AttentionStack(specs, max_tokens=6, dtype=torch.float32, device=CPU, seed=3)
+    return stack, specs
+
+
+def test_attention_stack_attends_with_its_own_data() -> None:
+    stack, specs = stack_of(sink=True)
+    calls = []
+
+    def attend(layer_id: int, q, k, v, *, rope, sinks_H):  # type: ignore[no-untyped-def]
+        calls.append((layer_id, q.shape, k.shape, v.shape, rope, sinks_H is stack.sinks_H))
+        return q + layer_id
+
+    hidden = stack(torch.zeros(4, dtype=torch.int64), attend)
+    shapes = (torch.Size([4, 2, 64]), torch.Size([4, 1, 64]), torch.Size([4, 1, 64]))
+    assert calls == [(0, *shapes, None, True), (1, *shapes, None, True)]
+    assert torch.equal(hidden, (stack.q_THD[:4] + 1).flatten(1))
+    assert stack.compute_logits(hidden) is None
+    stack(torch.zeros(2, dtype=torch.int64), attend)
+    assert {n: [t.shape[0] for t in outputs] for n, outputs in stack.outputs.items()} == {
+        4: [4, 4],
+        2: [2, 2],
+    }
+    again, _ = stack_of()
+    assert torch.equal(again.q_THD, stack.q_THD) and again.sinks_H is None
+    assert abs(float(stack.q_THD.std()) - 1) < 0.1
+
+
+def test_an_engine_of_the_attention_path_alone() -> None:
+    config = config_of(kv=KVConfig(4))
+    specs = attention_specs(config.model)
+    make: Callable[..., AttentionStack] = lambda device, dtype: AttentionStack(  # noqa: E731
+        specs, max_tokens=54, dtype=dtype, device=device, seed=0
+    )
+    engine = build_engine(config, NEEDS, specs, CPU, make)
+    assert engine.stack is engine.runner.model
+    request = engine.cache.open()
+    assert engine.runner.extend([request], [[0] * 5]) is None
+    assert engine.runner.extend_in_chunks([request], [[0] * 5], 2) is None
+    decoder = engine.decoder(1, 33)
+    decoder.start([request], [0])
+    for _ in range(3):
+        decoder.step()
+    assert decoder.logits_BX is None and len(decoder.reader) == 0
+    decoder.flush()
+    assert request.seq_len == 13
+    assert engine_of(config).stack is None
+
+
+def test_needs_count_whole_pages() -> None:
+    assert Needs((1, 16, 17), 3).pages(16) == 4
+    assert Needs((1, 16, 17), 3).pages(1) == 34
