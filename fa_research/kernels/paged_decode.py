@@ -178,8 +178,8 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
                 sinks = tl.load(sinks_ptr + q_heads, mask=in_group, other=0.0)
                 result = result * sink_factor(sinks, lse2)[:, None]
             out_rows = out_ptr + request.to(tl.int64) * stride_ob + q_heads * stride_oh
-            result = result.to(out_ptr.dtype.element_ty)
-            tl.store(out_rows[:, None] + cols[None, :], result, mask=in_group[:, None])
+            rounded = result.to(out_ptr.dtype.element_ty)
+            tl.store(out_rows[:, None] + cols[None, :], rounded, mask=in_group[:, None])
             if lse_ptr is not None:
                 tl.store(lse_ptr + request * (KV_HEADS * GROUP) + q_heads, lse2 * LN2, mask=in_group)
         else:
