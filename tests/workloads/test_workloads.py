@@ -1,0 +1,191 @@
+"""Every workload at both levels: it asks for exactly what it uses, its work is right, and timing it never runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fa_research import workloads
+from fa_research.config import DecodeWorkload, KVConfig, Level, MaskConfig
+from fa_research.errors import ConfigError, KVCacheFull, Refusal
+from fa_research.measure.cell import check
+from fa_research.workloads.base import Pass, pick
+from tests.workloads.cells import LEVELS, WORKLOADS, build, cell, model_config, prepared
+
+EACH = pytest.mark.parametrize("name", WORKLOADS)
+EACH_LEVEL = pytest.mark.parametrize("level", LEVELS, ids=str)
+DEVICES = [
+    pytest.param("cpu", "torch"),
+    *(pytest.param("cuda", backend, marks=pytest.mark.gpu) for backend in ("triton", "fa3")),
+]
+
+
+def test_registry() -> None:
+    assert workloads.names() == ("decode", "extend", "mixed", "text")
+    for name in workloads.names():
+        assert workloads.create(cell(name)).name == name
+    config = cell()
+    config.workload.name = "chat"
+    with pytest.raises(
+        ConfigError, match="workload.name=chat is unknown; choose one of decode, extend, mixed, text"
+    ):
+        workloads.create(config)
+
+
+@EACH
+@EACH_LEVEL
+@pytest.mark.parametrize("page_size", [1, 3, 16, 256])
+@pytest.mark.parametrize(("device", "backend"), DEVICES)
+def test_what_it_needs_is_enough_and_right(
+    name: str, level: Level, page_size: int, device: str, backend: str
+) -> None:
+    """By default the pool has exactly the pages that the workload asked for: checked, then run as often as the most
+    patient measurement would, and checked again. All that nothing wrote is NaN."""
+    poison = backend != "fa3"  # its kernels may multiply the unused end of a request's last page by zero
+    config = cell(name, level, page_size=page_size, device=device, backend=backend, poison=poison)
+    try:
+        workload, engine = prepared(config)
+    except Refusal as refusal:
+        pytest.skip(str(refusal))
+    assert engine.cache.allocator.num_pages == workload.needs().pages(page_size)
+    passed, columns = check(engine, workload)
+    assert passed, columns
+    for unit in workload.units():
+        times = unit.samples + workload.config.measure.warmup + (unit.samples if unit.host_time else 0)
+        for _ in range(times):
+            unit.run()
+    engine.cache.check()
+    if level is Level.model and workload.reprefill:
+        assert columns["reprefill_top1_agreement"] == 1.0 or engine.dtype is torch.bfloat16
+    if not name.startswith("text"):
+        assert engine.cache.allocator.pages_free == 0
+        assert check(engine, workload)[0]
+
+
+@pytest.mark.parametrize("mask", [MaskConfig("sliding_window", 6), MaskConfig("chunked", 8)])
+@pytest.mark.parametrize("name", ["decode", "mixed", "text"])
+@EACH_LEVEL
+def test_local_masks_sinks_and_softcap(name: str, level: Level, mask: MaskConfig) -> None:
+    config = cell(name, level, model=model_config(mask=mask, sink=True, softcap=5.0))
+    workload, engine = prepared(config)
+    passed, columns = check(engine, workload)
+    assert passed, columns
+
+
+@EACH
+@EACH_LEVEL
+def test_the_pass_and_the_batch_say_what_ran(name: str, level: Level) -> None:
+    workload, engine = prepared(cell(name, level))
+    for unit in workload.units():
+        unit.run()
+    done, batch = workload.current_pass(), workload.batch()
+    assert batch.req_pool_indices_B.tolist() == done.rows
+    assert batch.seq_lens_B.tolist() == done.seq_lens
+    assert batch.max_seq_len_k >= max(done.seq_lens)
+    assert sum(done.extend_lens) == batch.num_tokens <= done.num_tokens
+    assert done.num_tokens <= max(workload.needs().tokens_per_pass, 4)
+    assert workload.units()[-1].tokens == sum(done.extend_lens)
+    positions = [p for n, new in zip(done.seq_lens, done.extend_lens, strict=True) for p in range(n - new, n)]
+    rows = [row for row, new in zip(done.rows, done.extend_lens, strict=True) for _ in range(new)]
+    assert batch.positions_T.tolist() == positions
+    assert batch.out_cache_loc_T.tolist() == engine.runner.req_to_token_RW[rows, positions].tolist()
+    if level is Level.attention:
+        assert (
+            engine.stack is not None and engine.stack.outputs[done.num_tokens][0].shape[0] == done.num_tokens
+        )
+
+
+@pytest.mark.parametrize("name", ["decode", "text"])
+def test_timing_ends_within_the_steps_that_were_promised(name: str) -> None:
+    """`steps_to_time` steps fit after what precedes them; the pool is not larger than that."""
+    workload, _ = prepared(cell(name, page_size=1))
+    first = [unit for unit in workload.units() if unit.name == "prefill"]
+    for unit in first:
+        unit.run()
+    room = workload.steps_to_time + (workload.options.steps if first else 0)
+    for _ in range(room):
+        workload.units()[-1].run()
+    with pytest.raises((ConfigError, KVCacheFull)):
+        workload.units()[-1].run()
+
+
+def test_decode_lengths() -> None:
+    options = DecodeWorkload(batch_size=50, context_len=100, steps=2, length_spread=0.5)
+    config = cell(options, model=model_config(max_context_len=256))
+    workload, engine = prepared(config)
+    lens = [request.seq_len for request in workload.requests]  # type: ignore[attr-defined]
+    assert lens[0] == 100 and min(lens) >= 50 and max(lens) == 100 and len(set(lens)) > 10
+    again, _ = prepared(config)
+    assert [r.seq_len for r in again.requests] == lens  # type: ignore[attr-defined]
+    other, _ = prepared(dataclasses.replace(config, seed=1))
+    assert [r.seq_len for r in other.requests] != lens  # type: ignore[attr-defined]
+    uniform, _ = prepared(
+        dataclasses.replace(config, workload=dataclasses.replace(options, length_spread=0.0))
+    )
+    assert {r.seq_len for r in uniform.requests} == {100}  # type: ignore[attr-defined]
+    assert any("ran eagerly" in note for note in engine.notes)  # 50 is above the largest batch size
+
+
+def test_the_context_is_random_and_no_table_is_in_order() -> None:
+    workload, engine = prepared(cell("decode", poison=False, kv=KVConfig(1)))
+    request = workload.requests[0]  # type: ignore[attr-defined]
+    slots = engine.runner.req_to_token_RW[request.row, :21]
+    assert slots.diff().ne(1).sum() > 10
+    for layer_id in range(2):
+        for data in (engine.cache.kv.k(layer_id), engine.cache.kv.v(layer_id)):
+            assert 0.9 < float(data[slots.long()].std()) < 1.1
+    assert not torch.equal(engine.cache.kv.k(0), engine.cache.kv.k(1))
+
+
+def test_no_step_of_a_decode_measurement_allocates() -> None:
+    workload, engine = prepared(cell("decode", page_size=1))
+    used = engine.cache.allocator.pages_used
+    for _ in range(workload.steps_to_time):
+        workload.units()[0].run()
+    assert engine.cache.allocator.pages_used == used
+
+
+@pytest.mark.parametrize("name", ["extend", "mixed"])
+def test_an_extend_pass_repeats_itself(name: str) -> None:
+    """It takes the same slots every time, so nothing grows while it is timed."""
+    workload, engine = prepared(cell(name))
+    (unit,) = workload.units()
+    used, first = engine.cache.allocator.pages_used, unit.run()
+    assert isinstance(first, torch.Tensor)
+    for _ in range(3):
+        torch.testing.assert_close(unit.run(), first, rtol=0, atol=0)
+    assert engine.cache.allocator.pages_used == used
+
+
+def test_mixed_batches_have_both_kinds() -> None:
+    workload, _ = prepared(cell("mixed"))
+    done = workload.current_pass()
+    assert done.extend_lens == [9, 9, 1, 1, 1] and done.seq_lens == [12, 12, 22, 22, 22]
+    assert workload.batch().mode.name == "MIXED"
+    assert done.first_query == [0, 9, 18, 19, 20]
+
+
+def test_cells_that_do_not_fit_are_refused_by_name() -> None:
+    # steps and what timing adds to them pass the limit of the model, which the config alone cannot see
+    options = DecodeWorkload(batch_size=1, context_len=100, steps=28)
+    with pytest.raises(ConfigError, match="model.max_context_len is 128"):
+        build(cell(options))
+    with pytest.raises(ConfigError, match="kv.num_pages=2 gives 2 pages.*the workload needs 7"):
+        build(cell("decode", kv=KVConfig(16, num_pages=2)))
+
+
+def test_pick() -> None:
+    assert pick(5, 9) == [0, 1, 2, 3, 4]
+    assert pick(5, 1) == [4]
+    assert pick(9, 3) == [0, 4, 8]
+    for count in range(1, 40):
+        for wanted in range(1, 40):
+            picked = pick(count, wanted)
+            assert picked == sorted(set(picked)) and len(picked) == min(count, wanted)
+            assert picked[-1] == count - 1 and (wanted == 1 < count or picked[0] == 0)
+
+
+def test_first_query() -> None:
+    assert Pass([1, 2, 3], [9, 9, 9], [4, 1, 2], 7).first_query == [0, 4, 5]
