@@ -11,6 +11,7 @@ import torch
 
 from fa_research import backends
 from fa_research.backends import AttentionBackend, BackendSettings
+from fa_research.backends.torch_backend import TorchBackend
 from fa_research.errors import BackendUnavailable, ConfigError, Unsupported
 from fa_research.masks import Chunked
 from fa_research.spec import AttentionSpec
@@ -35,12 +36,11 @@ def test_names() -> None:
 
 
 def test_a_class_outside_the_package_is_not_registered() -> None:
-    from fa_research.backends.torch_backend import TorchBackend
-
     class Elsewhere(TorchBackend):
         name = "elsewhere"
 
-    assert "elsewhere" not in backends.names() and Elsewhere in TorchBackend.__subclasses__()
+    assert Elsewhere in TorchBackend.__subclasses__()
+    assert "elsewhere" not in backends._registry.__wrapped__(), "what names() remembers was looked up before"
 
 
 @pytest.mark.parametrize("name", ["flash", "", "Torch", "auto"])
@@ -130,6 +130,27 @@ def test_refusals_survive_pickling() -> None:
 def test_auto_takes_torch_on_the_cpu_and_says_why() -> None:
     name, why = backends.choose(settings(), [SPEC])
     assert (name, why) == ("torch", "the first choice on this device")
+
+
+def test_auto_goes_from_the_fastest_down_and_says_what_it_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ranked(backend: str, rank: int, reasons: tuple[str, ...] = ()) -> type[AttentionBackend]:
+        members = {
+            "name": backend,
+            "speed_rank": classmethod(lambda cls, device: rank),
+            "unavailable": classmethod(lambda cls, settings: reasons),
+        }
+        return type(backend, (TorchBackend,), members)
+
+    order = [
+        ranked("slow", 1),
+        ranked("absent", 9, ("no such chip",)),
+        ranked("fast", 5),
+        ranked("never", -1),
+    ]
+    monkeypatch.setattr(backends, "_registry", lambda: {cls.name: cls for cls in order})
+    assert backends.choose(settings(), [SPEC]) == ("fast", "not absent (no such chip)")
 
 
 def test_auto_where_nothing_works_lists_what_was_tried() -> None:
