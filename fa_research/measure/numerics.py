@@ -43,7 +43,7 @@ class Verdict:
 def judge(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Verdict:
     """The verdict over (result, low-precision baseline, float64 reference) triples of equal shapes."""
     error = baseline_error = largest = error_square = reference_square = 0.0
-    dtype = torch.float64
+    dtype, compared = torch.float64, False
     for result, baseline, reference in triples:
         dtype = result.dtype
         difference = (result.double() - reference.double()).abs()
@@ -52,6 +52,8 @@ def judge(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Verdict:
         largest = _largest(largest, reference.double().abs())
         error_square += difference.square().sum().item()
         reference_square += reference.double().square().sum().item()
+        compared = True
+    assert compared, "nothing was compared"
     tolerance = _FACTOR * baseline_error + _CONSTANT[dtype] * largest
     relative = (error_square / reference_square) ** 0.5 if reference_square else float("nan")
     return Verdict(error, baseline_error, tolerance, relative)
