@@ -46,6 +46,7 @@ class AttentionBackend(ABC):
 
     name: ClassVar[str]
     option_names: ClassVar[frozenset[str]] = frozenset()
+    takes_provider: ClassVar[bool] = False  # whether several packages offer its kernels
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
         unknown = set(settings.options) - self.option_names
@@ -53,6 +54,10 @@ class AttentionBackend(ABC):
             choices = ", ".join(sorted(self.option_names)) or "none"
             raise ConfigError(
                 f"backend.options.{min(unknown)} is unknown to backend={self.name}; its options: {choices}"
+            )
+        if settings.provider is not None and not self.takes_provider:
+            raise ConfigError(
+                f"backend.provider={settings.provider}: backend={self.name} has kernels of its own; leave it out"
             )
         self.settings = settings
         self.lowerings: tuple[Lowering, ...] = tuple(self.lower(spec) for spec in specs)

@@ -23,6 +23,7 @@ from fa_research.spec import AttentionSpec
 class FlashAttnBackend(AttentionBackend):
     """The kernels index pages as [P, S, K, D]; the pool's buffers are viewed so without a copy."""
 
+    takes_provider = True
     version: ClassVar[int]
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:

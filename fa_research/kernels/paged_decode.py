@@ -63,7 +63,7 @@ def decode_config(head_dim: int, group: int, itemsize: int, page_size: int) -> D
     if head_dim <= 64:
         return DecodeConfig(block_n=128, num_warps=4, num_stages=3, workers_per_sm=2, min_tiles=2)
     if head_dim <= 128:
-        return DecodeConfig(block_n=64, num_warps=4, num_stages=3, workers_per_sm=2, min_tiles=2)
+        return DecodeConfig(block_n=128, num_warps=4, num_stages=2, workers_per_sm=2, min_tiles=2)
     return DecodeConfig(block_n=32, num_warps=4, num_stages=3, workers_per_sm=2, min_tiles=4)
 
 

@@ -13,7 +13,7 @@ from fa_research.attention.layer import PagedAttention
 from fa_research.config import GraphMode
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.engine import Engine
-from fa_research.measure.oracle import check_attention, check_model, check_reprefill
+from fa_research.measure.oracle import Oracle, check_attention, compare_logits, reprefill
 from fa_research.measure.roofline import measure_roof
 from fa_research.measure.timing import Timer, Timing
 from fa_research.measure.work import attention_work
@@ -39,11 +39,15 @@ def check(engine: Engine, workload: Workload) -> tuple[bool, dict[str, Any]]:
     if engine.stack is not None:
         verdict = check_attention(engine, done, max_requests)
         return verdict.passed, verdict.checks("attention")
-    verdict = check_model(engine, cases)
-    columns: dict[str, Any] = verdict.checks("logits")
+    oracle = Oracle(engine, cases)
+    verdict = oracle.judge([case.logits_MX for case in cases])
+    passed, columns = verdict.passed, verdict.checks("logits")
     if workload.reprefill:
-        columns |= check_reprefill(engine, cases)
-    return verdict.passed, columns
+        again = reprefill(engine, cases)
+        verdict = oracle.judge(again)
+        passed = passed and verdict.passed
+        columns |= verdict.checks("reprefill") | compare_logits(cases, again)
+    return passed, columns
 
 
 def measure(engine: Engine, workload: Workload, timer: Timer, tick: Tick) -> Measurement:
@@ -51,14 +55,15 @@ def measure(engine: Engine, workload: Workload, timer: Timer, tick: Tick) -> Mea
     called after each."""
     result = Measurement()
     for unit in workload.units():
-        timing = timer.time(unit.run, unit.samples)
+        timing = timer.time(unit.run, unit.samples, reset=unit.reset)
         result.metrics |= timing.metrics(unit.name)
         result.metrics[f"{unit.name}_tokens_per_s"] = unit.tokens / timing.median_us * 1e6
         result.metrics["timing_method"], result.metrics["timing_l2"] = timing.method, timing.l2
         result.series[f"{unit.name}_us"] = timing.samples_us
         if unit.host_time and engine.device.type == "cuda":  # on the CPU the host does all of it
-            host = timer.host_time(unit.run, unit.samples)
+            host = timer.host_time(unit.run, unit.samples, reset=unit.reset)
             result.metrics[f"{unit.name}_host_us"] = host.median_us
+        unit.reset()  # the pass that bytes and operations are counted of is the first timed one
         _roof(engine, workload, unit, timing, result)
         tick()
     if engine.stack is not None:

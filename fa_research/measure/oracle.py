@@ -109,17 +109,21 @@ def case_logits(engine: Engine, case: Case, dtype: torch.dtype) -> Tensor:
     return logits
 
 
-@torch.no_grad()
-def check_model(engine: Engine, cases: Sequence[Case]) -> Verdict:
-    """Logits of the cases against float64, with the same model in its own precision as the baseline."""
-    model = engine.runner.model
-    assert isinstance(model, nn.Module)
-    baselines = [case_logits(engine, case, engine.dtype) for case in cases]
-    layers = model.layers
-    assert isinstance(layers, nn.ModuleList)
-    with float64_weights(model, layers):
-        references = [case_logits(engine, case, torch.float64) for case in cases]
-    return judge(zip([case.logits_MX for case in cases], baselines, references, strict=True))
+class Oracle:
+    """The cases' logits in float64, and as the same model in its own precision gives them: computed once, to judge
+    any number of results."""
+
+    @torch.no_grad()
+    def __init__(self, engine: Engine, cases: Sequence[Case]) -> None:
+        model = engine.runner.model
+        assert isinstance(model, nn.Module) and isinstance(model.layers, nn.ModuleList)
+        self._baselines = [case_logits(engine, case, engine.dtype) for case in cases]
+        with float64_weights(model, model.layers):
+            self._references = [case_logits(engine, case, torch.float64) for case in cases]
+
+    def judge(self, results: Sequence[Tensor]) -> Verdict:
+        """The verdict on one result [M, X] for each case."""
+        return judge(zip(results, self._baselines, self._references, strict=True))
 
 
 @torch.no_grad()
@@ -146,18 +150,28 @@ def check_attention(engine: Engine, done: Pass, max_requests: int) -> Verdict:
 
 
 @torch.inference_mode()
-def check_reprefill(engine: Engine, cases: Sequence[Case]) -> dict[str, float]:
-    """The same tokens once more, in one extend pass of the same backend: what incremental decoding must
-    equal. Largest difference of the logits, and the share of positions where both choose the same token."""
-    largest, agree, total = 0.0, 0, 0
+def reprefill(engine: Engine, cases: Sequence[Case]) -> list[Tensor]:
+    """The logits of the same tokens once more, in one extend pass of the same backend: what incremental decoding
+    must equal."""
+    results = []
     for case in cases:
         request = engine.cache.open()
         batch = engine.runner.prepare_extend([request], [case.tokens_T])
         engine.backend.init_forward_metadata(batch, engine.runner.req_to_token_RW)
-        logits = engine.runner.model.compute_logits(engine.runner.forward(batch, case.at_M.to(engine.device)))
+        hidden = engine.runner.forward(batch, case.at_M.to(engine.device))
+        logits = engine.runner.model.compute_logits(hidden)
         engine.cache.close(request)
         assert logits is not None
-        largest = max(largest, (logits.double() - case.logits_MX.double()).abs().max().item())
-        agree += int((logits.argmax(-1) == case.logits_MX.argmax(-1)).sum())
-        total += len(case.at_M)
-    return {"reprefill_max_difference": largest, "reprefill_top1_agreement": agree / total}
+        results.append(logits)
+    return results
+
+
+def compare_logits(cases: Sequence[Case], again: Sequence[Tensor]) -> dict[str, float]:
+    """Largest difference between the cases' logits and the re-prefilled ones, and the share of positions where both
+    choose the same token."""
+    pairs = [(case.logits_MX, logits) for case, logits in zip(cases, again, strict=True)]
+    agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs])
+    return {
+        "reprefill_max_difference": max((a.double() - b.double()).abs().max().item() for a, b in pairs),
+        "reprefill_top1_agreement": agree.double().mean().item(),
+    }

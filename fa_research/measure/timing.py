@@ -10,6 +10,7 @@ from statistics import median, quantiles
 import torch
 
 from fa_research.config import L2State
+from fa_research.workloads.base import nothing
 
 _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU of today
 
@@ -55,16 +56,27 @@ class Timer:
         self.l2 = l2
         self._flush: torch.Tensor | None = None
 
-    def time(self, run: Callable[[], object], samples: int, *, graph: bool = False) -> Timing:
-        """`samples` timings of `run`; with `graph` (GPU only), of a CUDA graph that holds it."""
+    def time(
+        self,
+        run: Callable[[], object],
+        samples: int,
+        *,
+        graph: bool = False,
+        reset: Callable[[], object] = nothing,
+    ) -> Timing:
+        """`samples` timings of `run`; with `graph` (GPU only), of a CUDA graph that holds it. `reset` is called before
+        the warm-up and before the samples."""
         if self.device.type != "cuda":
-            return self._time_cpu(run, samples)
+            return self._time_cpu(run, samples, reset)
         if graph:
             run = self._captured(run)
-        return self._time_cuda(run, samples, "cuda_graph" if graph else "cuda_events")
+        return self._time_cuda(run, samples, reset, "cuda_graph" if graph else "cuda_events")
 
-    def host_time(self, run: Callable[[], object], samples: int) -> Timing:
+    def host_time(
+        self, run: Callable[[], object], samples: int, *, reset: Callable[[], object] = nothing
+    ) -> Timing:
         """What `run` costs the host, nothing waited for."""
+        reset()
         taken: list[float] = []
         deadline = time.monotonic() + self.max_seconds
         while len(taken) < samples and (len(taken) < 2 or time.monotonic() < deadline):
@@ -80,9 +92,13 @@ class Timer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _time_cuda(self, run: Callable[[], object], samples: int, method: str) -> Timing:
+    def _time_cuda(
+        self, run: Callable[[], object], samples: int, reset: Callable[[], object], method: str
+    ) -> Timing:
+        reset()
         for _ in range(self.warmup):
             run()
+        reset()
         self.synchronize()
         events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         deadline = time.monotonic() + self.max_seconds
@@ -98,11 +114,13 @@ class Timer:
         self.synchronize()
         return Timing(tuple(start.elapsed_time(end) * 1e3 for start, end in events), method, self.l2.value)
 
-    def _time_cpu(self, run: Callable[[], object], samples: int) -> Timing:
+    def _time_cpu(self, run: Callable[[], object], samples: int, reset: Callable[[], object]) -> Timing:
         taken: list[float] = []
         deadline = time.monotonic() + self.max_seconds
+        reset()
         for _ in range(min(self.warmup, 1)):
             run()
+        reset()
         while len(taken) < samples and (len(taken) < 2 or time.monotonic() < deadline):
             start = time.perf_counter_ns()
             run()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fa_research.spec import AttentionSpec
 from fa_research.workloads.base import Pass
 
@@ -34,7 +36,10 @@ def _keys_and_scores(spec: AttentionSpec, seq_len: int, extend_len: int) -> tupl
     """Keys that any query of the request sees, and (query, key) pairs that the mask allows."""
     band = spec.mask.band()
     first = seq_len - extend_len
-    if band is None or not band.causal:
+    if band is None:
+        allowed = spec.mask.allows(np.arange(first, seq_len)[:, None], np.arange(seq_len)[None, :])
+        return int(np.any(allowed, axis=0).sum()), int(np.sum(allowed))
+    if not band.causal:
         return seq_len, seq_len * extend_len
     if not band.window and not band.chunk:
         return seq_len, (first + 1 + seq_len) * extend_len // 2

@@ -24,7 +24,7 @@ class Status(Enum):
     unsupported = "unsupported"  # the backend refused; `reasons` says why
     oom = "oom"
     inaccurate = "inaccurate"  # failed the oracle, so it was not timed
-    suspect = "suspect"  # timed, but not to be believed before a second look; `notes` says why
+    suspect = "suspect"  # timed, but not to be believed before a second look; `reasons` says why
     error = "error"
 
     def __str__(self) -> str:

@@ -50,10 +50,15 @@ class Pass:
         return starts
 
 
+def nothing() -> None:
+    """What resets a unit that moves nothing on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """Something to time. `run` launches it and waits for nothing; `tokens` are the new tokens it handles,
-    `samples` how many times it is to be timed. `host_time`: time the host's share too (what launching it
+    `samples` how many times it is to be timed. `reset` puts back what `run` moves on (the context's length),
+    so that every series of samples starts alike. `host_time`: time the host's share too (what launching it
     costs)."""
 
     name: str
@@ -61,6 +66,7 @@ class Unit:
     tokens: int
     samples: int
     host_time: bool = False
+    reset: Callable[[], object] = nothing
 
 
 class Workload(ABC):
@@ -99,10 +105,9 @@ class Workload(ABC):
         """The last unit as the backend sees it, to time the parts of its attention path one by one."""
 
     @property
-    def steps_to_time(self) -> int:
-        """Decode steps that a cell may run when it times `samples` of them: check, warm-up, device and host
-        time."""
-        return 2 + 2 * self.config.measure.warmup + 2 * int(self.options.steps)
+    def most_steps(self) -> int:
+        """The most decode steps in a row that a cell runs: the timed ones, or the warm-up before them."""
+        return max(int(self.options.steps), self.config.measure.warmup)
 
 
 def random_tokens(count: int, vocab_size: int, generator: torch.Generator) -> Tensor:

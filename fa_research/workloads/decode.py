@@ -34,24 +34,30 @@ class Decode(Workload):
 
     def needs(self) -> Needs:
         return Needs(
-            tuple(length + self.steps_to_time for length in self._context_lens()), self.options.batch_size
+            tuple(length + self.most_steps for length in self._context_lens()), self.options.batch_size
         )
 
     def prepare(self, engine: Engine) -> None:
         self.engine = engine
         self.requests = open_with_context(engine, self._context_lens())
-        # Slots for every step at once: page tables are as in service, and no step of the measurement allocates.
-        engine.cache.reserve(self.requests, [r.seq_len + self.steps_to_time for r in self.requests])
+        # Slots for every step at once: no step of the measurement asks the allocator.
+        engine.cache.reserve(self.requests, [r.seq_len + self.most_steps for r in self.requests])
         fill_context(engine, self.config.seed)
         longest = max(self.needs().seq_lens)
         self.decoder = engine.decoder(len(self.requests), longest)
         generator = torch.Generator().manual_seed(self.config.seed)
-        tokens = random_tokens(len(self.requests), self.config.model.vocab_size, generator)
-        self.decoder.start(self.requests, tokens)
+        self.tokens = random_tokens(len(self.requests), self.config.model.vocab_size, generator)
+        self.decoder.start(self.requests, self.tokens)
 
     def units(self) -> list[Unit]:
         size, steps = len(self.requests), int(self.options.steps)
-        return [Unit("decode_step", self.decoder.step, size, steps, host_time=True)]
+        return [Unit("decode_step", self.decoder.step, size, steps, host_time=True, reset=self._restart)]
+
+    def _restart(self) -> None:
+        self.decoder.flush()
+        for request, context_len in zip(self.requests, self._context_lens(), strict=True):
+            request.seq_len = context_len
+        self.decoder.start(self.requests, self.tokens)
 
     def checked_pass(self) -> tuple[Pass, list[Case]]:
         self.decoder.flush()

@@ -31,7 +31,7 @@ class Text(Workload):
             raise ConfigError(
                 f"workload=text uses byte tokens: model.vocab_size={self.config.model.vocab_size} must be at least 256"
             )
-        longest = options.prompt_len + options.steps + self.steps_to_time
+        longest = options.prompt_len + self.most_steps
         again = options.prompt_len + options.steps  # the re-prefill of the check
         lens = (*[longest] * options.batch_size, max(1, options.shared_prefix_len), again)
         return Needs(lens, max(again, options.batch_size * options.chunk_size))
@@ -41,7 +41,7 @@ class Text(Workload):
         self.prompts = read_prompts(self.options)
         self.requests: list[CachedRequest] = []
         self.generated: list[list[int]] = []
-        longest = self.options.prompt_len + self.options.steps + self.steps_to_time
+        longest = self.options.prompt_len + self.most_steps
         self.decoder = engine.decoder(self.options.batch_size, longest)
 
     def units(self) -> list[Unit]:
@@ -50,7 +50,7 @@ class Text(Workload):
             Unit(
                 "prefill", self._prefill, size * self.options.prompt_len, min(5, self.config.measure.repeats)
             ),
-            Unit("decode_step", self.decoder.step, size, steps, host_time=True),
+            Unit("decode_step", self.decoder.step, size, steps, host_time=True, reset=self._restart),
         ]
 
     def _prefill(self) -> Tensor | None:
@@ -70,9 +70,15 @@ class Text(Workload):
             self.requests = [self.engine.cache.open() for _ in self.prompts]
         rest = [prompt[r.seq_len :] for r, prompt in zip(self.requests, self.prompts, strict=True)]
         logits = runner.extend_in_chunks(self.requests, rest, options.chunk_size)
-        last_tokens = [0] * len(self.requests) if logits is None else logits.argmax(-1)
-        self.decoder.start(self.requests, last_tokens)
+        self.first_tokens = torch.zeros(len(self.requests)) if logits is None else logits.argmax(-1)
+        self.decoder.start(self.requests, self.first_tokens)
         return logits
+
+    def _restart(self) -> None:
+        self.decoder.flush()
+        for request in self.requests:
+            request.seq_len = self.options.prompt_len
+        self.decoder.start(self.requests, self.first_tokens)
 
     def checked_pass(self) -> tuple[Pass, list[Case]]:
         """The prompts and `steps` greedy tokens; every token's logits are kept for the checked requests."""
