@@ -91,6 +91,17 @@ def test_build_by_name() -> None:
     assert masks.build("sliding_window", 7) == SlidingWindow(7) and masks.build("chunked", 8) == Chunked(8)
 
 
+def test_a_mask_outside_the_package_has_no_name() -> None:
+    class Elsewhere(Causal):
+        name = "elsewhere"
+
+    class AlsoElsewhere(Mask):
+        name = "also_elsewhere"
+
+    assert Elsewhere in Causal.__subclasses__() and AlsoElsewhere in Mask.__subclasses__()
+    assert set(masks._registry.__wrapped__()) == {"causal", "chunked", "full", "sliding_window"}
+
+
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
