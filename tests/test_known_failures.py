@@ -213,7 +213,9 @@ def test_a_result_is_independent_of_the_neighbours(
     """known failure: split-KV changes a request's result with its neighbours (flash-attention #1897, SGLang
     #10651). The same request alone and in a batch: bit for bit with deterministic=True."""
     long = 9000 if device == "cuda" else 1100  # long enough that its keys are split
-    lens = ((long, 1), (3, 1), (40, 1)) if decode else ((600 if device == "cuda" else 30, 7), (0, 20), (200, 1))
+    lens = (
+        ((long, 1), (3, 1), (40, 1)) if decode else ((600 if device == "cuda" else 30, 7), (0, 20), (200, 1))
+    )
     scene = Scene(make_spec((2, 1)), lens, page_size, dtype_for(device), device, decode=decode)
     backend = make(name, scene, deterministic=True)
     together = scene.run(backend)

@@ -110,7 +110,12 @@ def test_a_sink_without_an_lse_is_refused() -> None:
         (spec(softcap=30.0), {}, {}, "softcap=30.0"),
         (spec(head_dim=80, v_head_dim=80), {}, {}, "head dim 80: takes 64, 128"),
         (spec(v_head_dim=512), {"own_v_head_dim": True}, {}, "head dim 512"),
-        (spec(v_head_dim=128), {}, {}, "value head dim 128: the kernel has one head dim, that of the keys is 64"),
+        (
+            spec(v_head_dim=128),
+            {},
+            {},
+            "value head dim 128: the kernel has one head dim, that of the keys is 64",
+        ),
         (spec(mask=SlidingWindow(4)), {"mask_features": frozenset({"causal"})}, {}, "lacks window"),
         (spec(mask=Full()), {"mask_features": frozenset({"causal"})}, {}, "lacks full"),
         (spec(mask=Chunked(32)), {"mask_features": frozenset({"full"})}, {}, "lacks causal, chunk"),

@@ -85,33 +85,38 @@ DIMENSIONS: dict[str, dict[str, Sequence[Any]]] = {
 
 
 def covering(dimensions: Mapping[str, Sequence[Any]], full: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows that hold every combination of the dimensions `full`, and every pair of values of any two dimensions."""
+    """Rows that hold every combination of the dimensions `full`, and every pair of values of any two dimensions. The
+    same rows in every process: test runners that share the work compare what they found."""
     names = [*full, *(name for name in dimensions if name not in full)]
-    missing = {
-        frozenset({(a, x), (b, y)})
+
+    def pairs(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        return list(itertools.combinations(((name, row[name]) for name in names if name in row), 2))
+
+    missing = {  # a dict and not a set, for its order
+        pair: None
         for a, b in itertools.combinations(names, 2)
-        for x in dimensions[a]
-        for y in dimensions[b]
+        for x, y in itertools.product(dimensions[a], dimensions[b])
+        for pair in pairs({a: x, b: y})
     }
     rows: list[dict[str, Any]] = []
 
+    def gain(row: Mapping[str, Any]) -> int:
+        return sum(pair in missing for pair in pairs(row))
+
     def add(row: dict[str, Any]) -> None:
-        for name in names:
-            if name not in row:
-                others = list(row.items())
-                # Where no value gains a pair: switches as the bits of the row's number, of sizes the cheapest.
-                start = len(rows) >> names.index(name) - len(full) & 1 if len(dimensions[name]) == 2 else 0
-                choices = [*dimensions[name][start:], *dimensions[name][:start]]
-                row[name] = max(
-                    choices, key=lambda x: sum(frozenset({(name, x), o}) in missing for o in others)
-                )  # noqa: B023
-        missing.difference_update(map(frozenset, itertools.combinations(row.items(), 2)))
+        for bit, name in enumerate(name for name in names if name not in row):
+            # Where no value gains a pair: switches as the bits of the row's number, of sizes the cheapest.
+            values = list(dimensions[name])
+            start = len(rows) >> bit & 1 if len(values) == 2 else 0
+            row[name] = max(values[start:] + values[:start], key=lambda x: gain({**row, name: x}))  # noqa: B023
+        for pair in pairs(row):
+            missing.pop(pair, None)
         rows.append(row)
 
     for combination in itertools.product(*(dimensions[name] for name in full)):
         add(dict(zip(full, combination, strict=True)))
     while missing:
-        add(dict(min(missing, key=repr)))
+        add(dict(next(iter(missing))))
     return rows
 
 
