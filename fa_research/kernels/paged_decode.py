@@ -19,7 +19,7 @@ its result does not depend on its neighbours, bit for bit.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -40,6 +40,8 @@ from fa_research.kernels.common import (
 # Deterministic cuts: splits of so many keys, or so many splits of a request that is longer than all of them.
 DETERMINISTIC_KEYS = 512
 DETERMINISTIC_SPLITS = 32
+# The interpreter's time goes by tiles, not by keys: from this length on it takes large ones.
+INTERPRETER_KEYS = 256
 
 
 @dataclass(frozen=True)
@@ -305,6 +307,8 @@ def paged_decode(
     assert head_dim == k_NKD.shape[2] == v_NKV.shape[2], "K and V have q's head dim"
     assert q_BHD.stride(2) == k_NKD.stride(2) == v_NKV.stride(2) == 1
     config = _config or decode_config(head_dim, group, q_BHD.element_size(), page_size)
+    if _config is None and device.type == "cpu" and max_seq_len_k >= INTERPRETER_KEYS and not deterministic:
+        config = replace(config, block_n=256)
     if out is None:
         out = torch.empty((batch, heads, head_dim), dtype=q_BHD.dtype, device=device)
     lse = torch.empty((batch, heads), dtype=torch.float32, device=device) if return_lse else None
