@@ -28,6 +28,7 @@ class GraphSet:
     def __init__(self, step: Step, batch_sizes: Sequence[int], prepare: Prepare | None = None) -> None:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, Tensor | None] = {}
+        self._side = torch.cuda.Stream()  # one for all: cuBLAS keeps a workspace for every stream it has seen
         pool: Any = torch.cuda.graph_pool_handle()
         with torch.inference_mode():
             for batch_size in sorted(batch_sizes, reverse=True):
@@ -36,12 +37,11 @@ class GraphSet:
                 self._capture(step, batch_size, pool)
 
     def _capture(self, step: Step, batch_size: int, pool: Any) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
             for _ in range(self._WARMUPS):
                 step(batch_size)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             output = step(batch_size)
