@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fa_research import workloads
-from fa_research.config import DecodeWorkload, KVConfig, Level, MaskConfig
+from fa_research.config import DecodeWorkload, KVConfig, Level, MaskConfig, MeasureConfig
 from fa_research.errors import ConfigError, KVCacheFull, Refusal
 from fa_research.measure.cell import check
 from fa_research.workloads.base import Pass, pick
@@ -53,14 +53,16 @@ def test_what_it_needs_is_enough_and_right(
     passed, columns = check(engine, workload)
     assert passed, columns
     for unit in workload.units():
-        times = unit.samples + workload.config.measure.warmup + (unit.samples if unit.host_time else 0)
-        for _ in range(times):
-            unit.run()
+        for times in (workload.config.measure.warmup, unit.samples, unit.samples if unit.host_time else 0):
+            unit.reset()
+            for _ in range(times):
+                unit.run()
     engine.cache.check()
     if level is Level.model and workload.reprefill:
         assert columns["reprefill_top1_agreement"] == 1.0 or engine.dtype is torch.bfloat16
     if not name.startswith("text"):
         assert engine.cache.allocator.pages_free == 0
+        workload.units()[0].reset()
         assert check(engine, workload)[0]
 
 
@@ -98,17 +100,45 @@ def test_the_pass_and_the_batch_say_what_ran(name: str, level: Level) -> None:
 
 
 @pytest.mark.parametrize("name", ["decode", "text"])
-def test_timing_ends_within_the_steps_that_were_promised(name: str) -> None:
-    """`steps_to_time` steps fit after what precedes them; the pool is not larger than that."""
-    workload, _ = prepared(cell(name, page_size=1))
-    first = [unit for unit in workload.units() if unit.name == "prefill"]
-    for unit in first:
-        unit.run()
-    room = workload.steps_to_time + (workload.options.steps if first else 0)
-    for _ in range(room):
-        workload.units()[-1].run()
-    with pytest.raises((ConfigError, KVCacheFull)):
-        workload.units()[-1].run()
+@pytest.mark.parametrize("warmup", [1, 9])
+def test_timing_ends_within_the_steps_that_were_promised(name: str, warmup: int) -> None:
+    """`most_steps` steps fit behind the context, and the pool is not larger than that."""
+    config = cell(name, page_size=1, measure=MeasureConfig(warmup=warmup, repeats=2))
+    workload, _ = prepared(config)
+    assert workload.most_steps == max(workload.options.steps, warmup)
+    for unit in workload.units():
+        if unit.name == "prefill":
+            unit.run()
+    step = workload.units()[-1]
+    for _ in range(2):
+        step.reset()
+        for _ in range(workload.most_steps):
+            step.run()
+        with pytest.raises((ConfigError, KVCacheFull)):
+            step.run()
+
+
+@pytest.mark.parametrize("name", ["decode", "text"])
+@EACH_LEVEL
+def test_every_series_starts_from_the_same_context(name: str, level: Level) -> None:
+    workload, engine = prepared(cell(name, level))
+    for unit in workload.units():
+        if unit.name == "prefill":
+            unit.run()
+    step, decoder = workload.units()[-1], workload.decoder  # type: ignore[attr-defined]
+    lens = [request.seq_len for request in workload.requests]  # type: ignore[attr-defined]
+    series = []
+    for count in (4, 1, 4):
+        step.reset()
+        assert decoder.state.seq_lens_B[: len(lens)].tolist() == lens
+        for _ in range(count):
+            step.run()
+        assert workload.current_pass().seq_lens == [n + count for n in lens]
+        kv = engine.cache.kv.k_LNKD.nan_to_num(7.0)
+        series.append((None if decoder.logits_BX is None else decoder.logits_BX.clone(), kv))
+    if level is Level.model:
+        torch.testing.assert_close(series[0][0], series[2][0], rtol=0, atol=0)
+    assert torch.equal(series[0][1], series[2][1])
 
 
 def test_decode_lengths() -> None:
@@ -142,7 +172,7 @@ def test_the_context_is_random_and_no_table_is_in_order() -> None:
 def test_no_step_of_a_decode_measurement_allocates() -> None:
     workload, engine = prepared(cell("decode", page_size=1))
     used = engine.cache.allocator.pages_used
-    for _ in range(workload.steps_to_time):
+    for _ in range(workload.most_steps):
         workload.units()[0].run()
     assert engine.cache.allocator.pages_used == used
 
@@ -168,10 +198,10 @@ def test_mixed_batches_have_both_kinds() -> None:
 
 
 def test_cells_that_do_not_fit_are_refused_by_name() -> None:
-    # steps and what timing adds to them pass the limit of the model, which the config alone cannot see
+    # the warm-up is longer than what is timed, which no check of the workload's own keys sees
     options = DecodeWorkload(batch_size=1, context_len=100, steps=28)
-    with pytest.raises(ConfigError, match="model.max_context_len is 128"):
-        build(cell(options))
+    with pytest.raises(ConfigError, match="context of 129 tokens, model.max_context_len is 128"):
+        build(cell(options, measure=MeasureConfig(warmup=29)))
     with pytest.raises(ConfigError, match="kv.num_pages=2 gives 2 pages.*the workload needs 7"):
         build(cell("decode", kv=KVConfig(16, num_pages=2)))
 

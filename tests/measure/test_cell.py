@@ -1,0 +1,83 @@
+"""The columns of a row: every unit's times, the parts of the attention path, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fa_research.config import L2State, Level
+from fa_research.measure.cell import Measurement, _attention_parts, measure
+from fa_research.measure.timing import Timer
+from fa_research.measure.work import attention_work
+from fa_research.models import LlamaForCausalLM
+from tests.workloads.cells import LEVELS, cell, prepared
+
+UNITS = {
+    "decode": ["decode_step"],
+    "extend": ["extend_pass"],
+    "mixed": ["extend_pass"],
+    "text": ["prefill", "decode_step"],
+}
+TIMES = ("us", "p10_us", "p90_us", "count")
+
+
+@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+def test_every_unit_has_its_columns(name: str, level: Level) -> None:
+    workload, engine = prepared(cell(name, level))
+    ticks: list[int] = []
+    options = engine.config.measure
+    timer = Timer(engine.device, warmup=options.warmup, max_seconds=5.0, l2=L2State.cold)
+    result = measure(engine, workload, timer, lambda: ticks.append(1))
+    parts = ["metadata", "kv_write", "attention"] if level is Level.attention else []
+    expected = {f"{unit}_{column}" for unit in UNITS[name] + parts for column in TIMES}
+    expected |= {f"{unit}_tokens_per_s" for unit in UNITS[name]}
+    expected |= {"timing_method", "timing_l2", "kv_pool_bytes", "kv_num_pages", "model_weight_bytes"}
+    expected |= {"attention_GB_per_s", "attention_TFLOP_per_s"} if parts else set()
+    assert set(result.metrics) == expected
+    assert all(value > 0 for key, value in result.metrics.items() if key.endswith(("us", "_s", "count")))
+    for unit in workload.units():
+        assert result.metrics[f"{unit.name}_count"] == unit.samples
+        assert len(result.series[f"{unit.name}_us"]) == unit.samples
+        rate = unit.tokens / result.metrics[f"{unit.name}_us"] * 1e6
+        assert result.metrics[f"{unit.name}_tokens_per_s"] == pytest.approx(rate)
+    assert len(ticks) == len(UNITS[name]) + bool(parts)
+    assert result.suspicions == []
+
+
+def test_memory_columns() -> None:
+    workload, engine = prepared(cell("extend"))
+    timer = Timer(engine.device, warmup=0, max_seconds=5.0, l2=L2State.warm)
+    metrics = measure(engine, workload, timer, lambda: None).metrics
+    kv = engine.cache.kv
+    assert metrics["kv_pool_bytes"] == kv.k_LNKD.nbytes + kv.v_LNKV.nbytes
+    assert metrics["kv_num_pages"] == 3
+    assert isinstance(engine.runner.model, LlamaForCausalLM)
+    assert metrics["model_weight_bytes"] == engine.runner.model.weight_bytes
+
+
+def test_rates_of_the_attention_path_are_its_work_by_its_time() -> None:
+    workload, engine = prepared(cell("mixed", Level.attention))
+    timer = Timer(engine.device, warmup=0, max_seconds=5.0, l2=L2State.warm)
+    metrics = measure(engine, workload, timer, lambda: None).metrics
+    work = attention_work(workload.current_pass(), engine.specs, 4)
+    seconds = metrics["attention_us"] / 1e6
+    assert metrics["attention_GB_per_s"] == pytest.approx(work.bytes / seconds / 1e9)
+    assert metrics["attention_TFLOP_per_s"] == pytest.approx(work.flops / seconds / 1e12)
+    assert metrics["model_weight_bytes"] == 0
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_timing_the_parts_changes_no_key_or_value(name: str) -> None:
+    """The parts are timed on the last pass's own slots: what they write is what is there already."""
+    workload, engine = prepared(cell(name, Level.attention))
+    for unit in workload.units():
+        unit.run()
+    assert engine.stack is not None
+    timer = Timer(engine.device, warmup=0, max_seconds=5.0, l2=L2State.warm)
+    kv = engine.cache.kv
+    before = kv.k_LNKD.clone(), kv.v_LNKV.clone()
+    _attention_parts(engine, engine.stack, workload, timer, result := Measurement({"timing_l2": "any"}))
+    assert result.metrics["kv_write_count"] == 2
+    for old, new in zip(before, (kv.k_LNKD, kv.v_LNKV), strict=True):
+        assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))

@@ -1,0 +1,72 @@
+"""The verdict: twice the low precision's own error plus a constant, and nothing that is NaN ever passes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fa_research.measure.numerics import judge
+
+ONE = torch.ones(4, dtype=torch.float64)
+NAN = torch.tensor([1.0, float("nan"), 1.0, 1.0], dtype=torch.float64)
+
+
+def off(error: float) -> Tensor:
+    return ONE + torch.tensor([0.0, -error, 0.0, 0.0], dtype=torch.float64)
+
+
+def test_twice_the_baseline_passes_and_more_does_not() -> None:
+    assert judge([(off(0.02), off(0.01), ONE)]).passed
+    assert not judge([(off(0.0201), off(0.01), ONE)]).passed
+    assert judge([(off(0.0), off(0.01), ONE)]).passed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "constant"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)],
+)
+def test_the_constant_scales_with_the_reference(dtype: torch.dtype, constant: float) -> None:
+    reference = 100 * ONE
+    verdict = judge([(reference.to(dtype), reference, reference)])
+    assert verdict.passed and verdict.tolerance == pytest.approx(100 * constant)
+
+
+def test_nan_and_infinity_never_pass() -> None:
+    infinite = off(float("inf"))
+    for result, baseline, reference in [
+        (NAN, ONE, ONE), (ONE, NAN, ONE), (ONE, ONE, NAN), (NAN, NAN, NAN),
+        (infinite, ONE, ONE), (infinite, infinite, infinite),
+    ]:  # fmt: skip
+        assert not judge([(result, baseline, reference)]).passed
+        assert not judge([(ONE, ONE, ONE), (result, baseline, reference)]).passed
+        assert not judge([(result, baseline, reference), (ONE, ONE, ONE)]).passed
+    assert math.isnan(judge([(NAN, ONE, ONE)]).max_error)
+
+
+def test_one_wrong_triple_among_many() -> None:
+    good = (off(0.001), off(0.01), ONE)
+    bad = (off(0.5), off(0.01), ONE)
+    for position in range(3):
+        triples = [good, good]
+        triples.insert(position, bad)
+        verdict = judge(triples)
+        assert not verdict.passed and verdict.max_error == pytest.approx(0.5)
+
+
+def test_comparing_nothing_is_no_pass() -> None:
+    with pytest.raises(AssertionError, match="nothing was compared"):
+        judge([])
+
+
+def test_columns() -> None:
+    columns = judge([(off(0.3), off(0.1), 2 * ONE)]).checks("logits")
+    assert set(columns) == {
+        f"logits_{name}" for name in ("max_error", "baseline_error", "tolerance", "relative_error", "passed")
+    }
+    assert columns["logits_max_error"] == pytest.approx(1.3)
+    assert columns["logits_baseline_error"] == pytest.approx(1.1)
+    assert columns["logits_relative_error"] == pytest.approx(math.sqrt((3 + 1.3**2) / 16))
+    assert columns["logits_passed"] is True

@@ -1,0 +1,262 @@
+"""The oracle: right where the engine is right, and not to be deceived by a backend with a mistake."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fa_research.attention.reference import attention
+from fa_research.backends.torch_backend import TorchBackend
+from fa_research.config import Dtype, Level, MaskConfig
+from fa_research.engine.engine import Engine
+from fa_research.masks import Causal, Chunked, SlidingWindow
+from fa_research.measure.cell import check
+from fa_research.measure.oracle import (
+    OracleAttention,
+    case_logits,
+    compare_logits,
+    float64_weights,
+    reprefill,
+)
+from fa_research.models import LlamaForCausalLM
+from fa_research.workloads import Workload
+from fa_research.workloads.base import Case
+from tests.engine.lab import EXACT, Lab, WholeSequence, prompts_of
+from tests.helpers import DEVICES, make_spec
+from tests.measure.broken import (
+    DropsLastKey,
+    FirstTableForAll,
+    IgnoresMask,
+    LastRowOff,
+    LongPrefillMixesPages,
+    NaNInLastRow,
+    Right,
+    WindowOneWider,
+    WrongScale,
+    install,
+)
+from tests.workloads.cells import LEVELS, cell, model_config, prepared
+
+WINDOW = MaskConfig("sliding_window", 6)
+CHUNK = MaskConfig("chunked", 8)
+CAUSAL = MaskConfig()
+EACH_LEVEL = pytest.mark.parametrize("level", LEVELS, ids=str)
+MISTAKES = [
+    (DropsLastKey, CAUSAL, "decode"),
+    (DropsLastKey, CAUSAL, "text"),
+    (DropsLastKey, CHUNK, "decode"),
+    (WindowOneWider, WINDOW, "decode"),
+    (WindowOneWider, WINDOW, "extend"),
+    (IgnoresMask, CHUNK, "mixed"),
+    (IgnoresMask, WINDOW, "text"),
+    (WrongScale, CAUSAL, "decode"),
+    (FirstTableForAll, CAUSAL, "mixed"),
+    (FirstTableForAll, CAUSAL, "decode"),
+    (NaNInLastRow, CAUSAL, "extend"),
+    (LastRowOff, CAUSAL, "extend"),
+    (LastRowOff, CAUSAL, "mixed"),
+]
+
+
+def strong(engine: Engine) -> None:
+    """Random weights of the usual size make attention almost uniform, and a wrong scale all but invisible."""
+    model = engine.runner.model
+    if isinstance(model, LlamaForCausalLM):
+        for layer in model.layers:
+            layer.qkv *= 8
+
+
+def checked(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: type[TorchBackend],
+    mask: MaskConfig,
+    name: str,
+    level: Level,
+    **model: object,
+) -> tuple[bool, dict[str, float], Engine, Workload]:
+    install(monkeypatch, backend)
+    workload, engine = prepared(cell(name, level, model=model_config(mask=mask, **model)))
+    strong(engine)
+    passed, columns = check(engine, workload)
+    return passed, columns, engine, workload
+
+
+@pytest.mark.parametrize(("backend", "mask", "name"), MISTAKES)
+@EACH_LEVEL
+def test_a_mistake_is_caught(
+    monkeypatch: pytest.MonkeyPatch, backend: type[TorchBackend], mask: MaskConfig, name: str, level: Level
+) -> None:
+    passed, columns, _, _ = checked(monkeypatch, backend, mask, name, level)
+    what = "attention" if level is Level.attention else "logits"
+    assert not passed and columns[f"{what}_passed"] is False
+    assert not columns[f"{what}_max_error"] <= columns[f"{what}_tolerance"]
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, WINDOW, CHUNK])
+@pytest.mark.parametrize("name", ["decode", "extend", "mixed", "text"])
+@EACH_LEVEL
+def test_what_is_right_passes(
+    monkeypatch: pytest.MonkeyPatch, mask: MaskConfig, name: str, level: Level
+) -> None:
+    passed, columns, _, _ = checked(monkeypatch, Right, mask, name, level)
+    assert passed, columns
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float16, Dtype.bfloat16])
+@EACH_LEVEL
+def test_low_precision_is_no_mistake_but_a_mistake_is_one_in_low_precision(
+    monkeypatch: pytest.MonkeyPatch, dtype: Dtype, level: Level
+) -> None:
+    assert checked(monkeypatch, Right, CAUSAL, "decode", level, dtype=dtype)[0]
+    assert not checked(monkeypatch, DropsLastKey, CAUSAL, "decode", level, dtype=dtype)[0]
+
+
+def test_the_reprefill_disagrees_with_a_decode_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed, columns, engine, workload = checked(monkeypatch, DropsLastKey, CAUSAL, "text", Level.model)
+    assert not passed and columns["reprefill_max_difference"] > 1e-3
+    assert columns["reprefill_passed"] and not columns["logits_passed"]
+    _, cases = workload.checked_pass()
+    pages = engine.cache.allocator.pages_used
+    again = reprefill(engine, cases)
+    assert engine.cache.allocator.pages_used == pages
+    assert compare_logits(cases, again)["reprefill_max_difference"] > 1e-3
+    same = [case.logits_MX for case in cases]
+    assert compare_logits(cases, same) == {"reprefill_max_difference": 0.0, "reprefill_top1_agreement": 1.0}
+    shifted = [logits.roll(1, -1) for logits in same]
+    assert compare_logits(cases, shifted)["reprefill_top1_agreement"] == 0.0
+
+
+def test_a_wrong_reprefill_is_caught_where_decode_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed, columns, _, _ = checked(monkeypatch, LongPrefillMixesPages, CAUSAL, "text", Level.model)
+    assert not passed and columns["logits_passed"] and not columns["reprefill_passed"]
+
+
+# The oracle's own arithmetic.
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(5), Chunked(8)])
+@pytest.mark.parametrize("prefix_len", [0, 1, 16, 37])
+def test_case_logits_are_those_of_the_whole_sequence(
+    mask: Causal | SlidingWindow | Chunked, prefix_len: int, sink: bool
+) -> None:
+    """A prefix from the cache and new tokens give what one dense pass over everything gives."""
+    lab = Lab(EXACT, page_size=4, mask=mask, sink=sink)
+    (prompt,) = prompts_of(45)
+    (request,), _ = lab.prefill([prompt])
+    slots = [page * 4 + i for page in request.pages for i in range(4)][:prefix_len]
+    specs = lab.model.attention_specs
+    new = torch.tensor(prompt[prefix_len:])
+    attend = OracleAttention(
+        specs, lab.cache.kv, torch.tensor(slots, dtype=torch.int64), len(new), torch.float64
+    )
+    logits = lab.model.compute_logits(lab.model(new, attend))
+    torch.testing.assert_close(logits, lab.oracle(prompt)[prefix_len:], rtol=1e-9, atol=1e-9)
+
+
+def test_the_oracle_writes_nothing() -> None:
+    lab = Lab(EXACT)
+    (prompt,) = prompts_of(20)
+    (request,), _ = lab.prefill([prompt])
+    before = lab.cache.kv.k_LNKD.clone(), lab.cache.kv.v_LNKV.clone(), lab.runner.req_to_token_RW.clone()
+    slots = torch.tensor([request.pages[0] * 16 + i for i in range(16)])
+    attend = OracleAttention(lab.model.attention_specs, lab.cache.kv, slots, 4, torch.float64)
+    lab.model(torch.tensor(prompt[16:]), attend)
+    after = lab.cache.kv.k_LNKD, lab.cache.kv.v_LNKV, lab.runner.req_to_token_RW
+    assert all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(before, after, strict=True))
+
+
+def test_attention_without_rope_and_in_a_lower_precision() -> None:
+    """At `dtype` below that of the queries the softmax runs in it: that is the baseline's error."""
+    lab, spec = Lab(EXACT), make_spec()
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(7, heads, 64, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    none = torch.zeros(0, dtype=torch.int64)
+    outs = {
+        dtype: OracleAttention((spec,), lab.cache.kv, none, 7, dtype)(0, q, k, v, rope=None)
+        for dtype in (torch.float64, torch.bfloat16)
+    }
+    exact = attention(q, k, v, torch.arange(7), spec, compute_dtype=torch.float64)[0]
+    torch.testing.assert_close(outs[torch.float64], exact)
+    assert outs[torch.bfloat16].dtype == torch.float64
+    assert 1e-4 < float((outs[torch.bfloat16] - exact).abs().max()) < 0.1
+
+
+# Weights in float64 for a while.
+
+
+def state(model: nn.Module) -> dict[str, tuple[int, torch.dtype, tuple[int, ...]]]:
+    return {name: (p.data_ptr(), p.dtype, p.stride()) for name, p in model.named_parameters()}
+
+
+def small_model(device: str, tied: bool) -> LlamaForCausalLM:
+    config = model_config(tie_word_embeddings=tied)
+    model = LlamaForCausalLM(config, dtype=torch.bfloat16, device=device)
+    model.init_random_(0)
+    return model
+
+
+def whole(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    return model.compute_logits(model(ids, WholeSequence(model.attention_specs)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_float64_weights_compute_in_float64_and_leave_no_trace(device: str, tied: bool) -> None:
+    model, ids = small_model(device, tied), torch.arange(9, device=device)
+    before, values = state(model), {n: p.clone() for n, p in model.state_dict().items()}
+    low = whole(model, ids)
+    with float64_weights(model, model.layers):
+        outside = {name: p.dtype for name, p in model.named_parameters() if "layers." not in name}
+        inside = {p.dtype for p in model.layers.parameters()}
+        high = whole(model, ids)
+    assert set(outside.values()) == {torch.float64} and inside == {torch.bfloat16}  # one layer at a time
+    reference = LlamaForCausalLM(model.config, dtype=torch.float64, device=device)
+    reference.load_state_dict(values)
+    assert high.dtype == torch.float64
+    torch.testing.assert_close(high, whole(reference, ids), rtol=1e-12, atol=1e-12)
+    assert state(model) == before
+    assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+    torch.testing.assert_close(whole(model, ids), low, rtol=0, atol=0)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.layers)
+
+
+@pytest.mark.parametrize("failing_layer", [0, 1])
+def test_float64_weights_are_put_back_after_an_exception(failing_layer: int) -> None:
+    model, ids = small_model("cpu", False), torch.arange(9)
+    before, low = state(model), whole(model, ids)
+    seen = []
+
+    def attend(layer_id: int, q: Tensor, k: Tensor, v: Tensor, **rest: object) -> Tensor:
+        seen.append({p.dtype for p in model.layers[layer_id].parameters()})
+        if layer_id == failing_layer:
+            raise torch.OutOfMemoryError("as on a GPU that is too full for the oracle")
+        return WholeSequence(model.attention_specs)(layer_id, q, k, v, **rest)  # type: ignore[arg-type]
+
+    with pytest.raises(torch.OutOfMemoryError), float64_weights(model, model.layers):
+        model(ids, attend)
+    assert seen == [{torch.float64}] * (failing_layer + 1)
+    assert state(model) == before
+    torch.testing.assert_close(whole(model, ids), low, rtol=0, atol=0)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.layers)
+
+
+def test_a_check_leaves_the_weights_of_captured_steps_where_they_are() -> None:
+    workload, engine = prepared(cell("decode"))
+    model = engine.runner.model
+    assert isinstance(model, nn.Module)
+    before = state(model)
+    assert check(engine, workload)[0]
+    assert state(model) == before
+
+
+def test_case_logits_follow_the_weights_at_hand() -> None:
+    workload, engine = prepared(cell("extend"))
+    _, cases = workload.checked_pass()
+    assert isinstance(engine.runner.model, LlamaForCausalLM)
+    case: Case = cases[0]
+    with torch.no_grad():
+        before = case_logits(engine, case, torch.float32)
+        engine.runner.model.head *= 2
+        torch.testing.assert_close(case_logits(engine, case, torch.float32), 2 * before)
