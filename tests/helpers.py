@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fa_research import backends
 from fa_research.attention.layer import PagedAttention
 from fa_research.attention.reference import attention
 from fa_research.backends import AttentionBackend, BackendSettings
@@ -23,6 +24,7 @@ from tests.caches import age, decode_batch, make_cache, no_synchronisation, slot
 
 __all__ = [
     "DEVICES",
+    "FINITE_OWN_PAGES",
     "Scene",
     "age",
     "assert_accurate",
@@ -34,6 +36,10 @@ __all__ = [
     "table_row",
     "tokens",
 ]
+
+# Backends whose kernels may multiply what lies past a request's end in its own last page by an exact zero. For them
+# that memory is large and finite, as the pool promises; every other slot that nothing wrote is NaN for them too.
+FINITE_OWN_PAGES: frozenset[str] = frozenset()
 
 DEVICES = (pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu))
 
@@ -55,8 +61,7 @@ class Scene:
     """Requests in a used, poisoned cache with dense copies of their data: what a test runs and checks against.
 
     lens: (prefix, new) tokens per request. q, k and v are per request: q [new, H, D], k and v [prefix + new, K, D].
-    poison: "all" fills every slot with NaN; "foreign" leaves large finite numbers in the batch's own pages, for kernels
-    that may multiply what lies past a request's end by an exact zero (the pool promises finite memory there).
+    Every slot that nothing wrote is NaN, page 0 among them.
     """
 
     spec: AttentionSpec
@@ -65,7 +70,6 @@ class Scene:
     dtype: torch.dtype
     device: str = "cpu"
     decode: bool = False
-    poison: str = "all"
     seed: int = 0
     slack: int = 7  # context limit beyond the longest request
     lowest_page: int = 1  # the requests' pages are at least this: the lower ones belong to nobody
@@ -111,10 +115,6 @@ class Scene:
         self.cache.extend(self.requests, [prefix for prefix, _ in self.lens])
         self.cache.extend(self.requests, [new for _, new in self.lens])
         self.cache.kv.poison()
-        if self.poison == "foreign":
-            own = torch.tensor([p for request in self.requests for p in request.pages], device=self.device)
-            for pool in (self.cache.kv.k_paged(self.layer_id), self.cache.kv.v_paged(self.layer_id)):
-                pool[own] = 3.0e4
         for i, (prefix, _) in enumerate(self.lens):
             slots = torch.tensor(
                 slots_of(self.cache, self.requests[i], prefix), dtype=torch.int64, device=self.device
@@ -135,6 +135,21 @@ class Scene:
         """Two layers: plain causal attention, then the spec under test."""
         s = self.spec
         return AttentionSpec(s.num_heads, s.num_kv_heads, s.head_dim, s.v_head_dim, s.scale), s
+
+    def backend(self, name: str, **changes: object) -> AttentionBackend:
+        """Backend `name` for these requests (`changes` to its settings); skips with its reasons where it cannot."""
+        asked = self.settings(**changes)
+        reasons = backends.reasons_against(name, asked, self.specs)
+        if reasons:
+            pytest.skip(f"{name}: {'; '.join(reasons)}")
+        if name in FINITE_OWN_PAGES:
+            self._make_own_pages_finite()
+        return backends.create(name, asked, self.specs)
+
+    def _make_own_pages_finite(self) -> None:
+        own = torch.tensor([page for request in self.requests for page in request.pages], device=self.device)
+        for pool in (self.cache.kv.k_paged(self.layer_id), self.cache.kv.v_paged(self.layer_id)):
+            pool[own] = pool[own].nan_to_num(nan=3.0e4)
 
     def settings(self, **changes: object) -> BackendSettings:
         limit = self.cache.req_to_token.max_context_len

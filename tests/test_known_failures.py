@@ -31,14 +31,6 @@ def sizes(cpu: tuple[int, ...], cuda: tuple[int, ...]) -> Any:
     return pytest.mark.parametrize(("device", "page_size"), [*(("cpu", size) for size in cpu), *on_gpu])
 
 
-def make(name: str, scene: Scene, **changes: Any) -> backends.AttentionBackend:
-    asked = scene.settings(**changes)
-    reasons = backends.reasons_against(name, asked, scene.specs)
-    if reasons:
-        pytest.skip(f"{name}: {'; '.join(reasons)}")
-    return backends.create(name, asked, scene.specs)
-
-
 def dtype_for(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
@@ -53,7 +45,7 @@ def test_local_attention_over_shuffled_pages(name: str, device: str, page_size: 
     scene = Scene(
         make_spec((2, 1), mask=Chunked(128)), lens, page_size, dtype_for(device), device, decode=decode
     )
-    backend = make(name, scene)
+    backend = scene.backend(name)
     scene.check_outputs(scene.run(backend), range(3))
     metadata, batch = backend.forward_metadata, scene.batch()
     assert metadata is not None
@@ -74,7 +66,7 @@ def test_a_request_at_exactly_the_context_limit(
     decode = draft_tokens == 0
     lens = ((50 - new, new), (9, new))  # 50 is a multiple of no page size but 1
     scene = Scene(make_spec((2, 1)), lens, page_size, dtype_for(device), device, decode=decode, slack=0)
-    backend = make(name, scene)
+    backend = scene.backend(name)
     assert scene.cache.req_to_token.max_context_len == 50 == scene.requests[0].seq_len
     backend.init_cuda_graph_state(2, 50)
     scene.check_outputs(scene.run(backend, static=decode), range(2))
@@ -180,7 +172,7 @@ def test_padding_brings_no_nan(name: str, device: str, page_size: int, static: b
     the queries of padded entries, and in what they write."""
     lens = ((0, 1), (2, 1), (33, 1))
     scene = Scene(make_spec((4, 2), has_sink=True), lens, page_size, dtype_for(device), device, decode=True)
-    backend = make(name, scene)
+    backend = scene.backend(name)
     backend.init_cuda_graph_state(8, scene.cache.req_to_token.max_context_len)
     scene.check_outputs(scene.run(backend, padding=5, static=static), range(3))
     own = torch.tensor(
@@ -201,7 +193,7 @@ def test_only_the_top_pages_of_a_pool_beyond_int32(name: str, page_size: int, de
     spec = make_spec((16, 8), head_dim=128)
     scene = Scene(spec, lens, page_size, torch.bfloat16, "cuda", decode=decode, lowest_page=lowest)
     assert min(min(request.pages) for request in scene.requests) * page_size * 8 * 128 >= 2**31
-    scene.check(make(name, scene))
+    scene.check(scene.backend(name))
 
 
 @NAMES
@@ -217,7 +209,7 @@ def test_a_result_is_independent_of_the_neighbours(
         ((long, 1), (3, 1), (40, 1)) if decode else ((600 if device == "cuda" else 30, 7), (0, 20), (200, 1))
     )
     scene = Scene(make_spec((2, 1)), lens, page_size, dtype_for(device), device, decode=decode)
-    backend = make(name, scene, deterministic=True)
+    backend = scene.backend(name, deterministic=True)
     together = scene.run(backend)
     for i in range(3):
         (alone,) = scene.run(backend, [i])
@@ -235,7 +227,7 @@ def test_the_table_may_be_rewritten_while_a_kernel_is_under_way(name: str, page_
     if name == "torch":
         pytest.skip("torch reads lengths on the host, so it is never ahead of the device")
     scene = Scene(make_spec(), ((300, 1), (0, 1), (1000, 1)), page_size, torch.bfloat16, "cuda", decode=True)
-    backend = make(name, scene)
+    backend = scene.backend(name)
     expected = scene.run(backend)
     batch, (q_THD, _, _) = scene.batch(), scene.qkv()
     pools = (scene.cache.kv.k(1), scene.cache.kv.v(1))

@@ -56,13 +56,6 @@ class Recorder(TorchBackend):
         return super().forward_decode(*args, **kwargs)
 
 
-def make(name: str, scene: Scene) -> backends.AttentionBackend:
-    reasons = backends.reasons_against(name, scene.settings(), scene.specs)
-    if reasons:
-        pytest.skip(f"{name}: {'; '.join(reasons)}")
-    return backends.create(name, scene.settings(), scene.specs)
-
-
 @pytest.mark.parametrize("decode", [False, True])
 def test_dispatch_by_mode(decode: bool) -> None:
     scene = Scene(make_spec(), DECODE if decode else MIXED, 4, torch.float32, decode=decode)
@@ -126,7 +119,7 @@ def test_static_buffers_serve_batches_of_other_sizes(
     batch left in the table is never read. Padded entries carry NaN and write it to page 0."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     scene = Scene(make_spec((2, 1), mask=mask), DECODE, page_size, dtype, device, decode=True)
-    backend = make(name, scene)
+    backend = scene.backend(name)
     backend.init_cuda_graph_state(6, scene.cache.req_to_token.max_context_len)
     seen: set[int] = set()
     for which, padding in (([2, 1, 0, 3], 0), ([3, 0], 2), ([1], 0), ([0, 2, 3], 3)):
@@ -141,7 +134,7 @@ def test_static_buffers_serve_batches_of_other_sizes(
 def test_one_pass_of_metadata_serves_every_layer(name: str) -> None:
     """Layers share the metadata, each reads its own keys."""
     scene = Scene(make_spec(), ((5, 3), (0, 4)), 4, torch.float32)
-    backend = make(name, scene)
+    backend = scene.backend(name)
     scene.run(backend)
     kv, batch = scene.cache.kv, scene.batch()
     kv.k(0).copy_(kv.k(1))
@@ -163,7 +156,7 @@ def test_an_eager_decode_waits_for_nothing(name: str, device: str, page_size: in
     if name == "torch":
         pytest.skip("torch reads lengths on the host, and says so: it is never captured")
     scene = Scene(make_spec(), DECODE, page_size, torch.bfloat16, device, decode=True)
-    backend = make(name, scene)
+    backend = scene.backend(name)
     batch, qkv = scene.batch(), scene.qkv()
     scene.run(backend)  # compiles
     args = (qkv[0], scene.cache.kv.k(1), scene.cache.kv.v(1), backend.lowerings[1], batch)

@@ -37,10 +37,10 @@ class Case:
     def spec(self) -> AttentionSpec:
         return make_spec(self.heads, self.head_dim, self.mask, self.softcap, self.has_sink)
 
-    def scene(self, device: str, poison: str = "all") -> Scene:
+    def scene(self, device: str) -> Scene:
         lens = LENS[device][self.batch]
         decode = self.batch == "decode"
-        return Scene(self.spec, lens, self.page_size, self.dtype, device, decode=decode, poison=poison)
+        return Scene(self.spec, lens, self.page_size, self.dtype, device, decode=decode)
 
 
 # (prefix, new) tokens. Lengths stand on, before and after the borders of pages, windows, chunks and kernel tiles.
@@ -125,3 +125,10 @@ FULL = {"cpu": ("mask", "page_size", "batch"), "cuda": ("mask", "page_size")}
 CASES: dict[str, list[Case]] = {
     device: [Case(**row) for row in covering(DIMENSIONS[device], FULL[device])] for device in DIMENSIONS
 }
+# And what is run most, everywhere: kernels choose their path by page size and batch.
+CASES["cuda"] += [
+    case
+    for page_size, batch in itertools.product(DIMENSIONS["cuda"]["page_size"], LENS["cuda"])
+    if (case := Case(Causal(), page_size, batch, 0.0, False, 128, (8, 2), torch.bfloat16))
+    not in CASES["cuda"]
+]
