@@ -37,6 +37,6 @@ class FA3Backend(FlashAttnBackend):
             head_dims=frozenset({64, 96, 128, 192, 256}),
             page_size_multiple=self._kernels.page_size_multiple[self.version],
             softcap=True,
-            sinks=self._kernels.sinks,
+            sinks=self.settings.dtype in self._kernels.sinks,
             returns_lse=True,
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fa_research.attention.lowering import Lowering
+from fa_research.attention.merge import apply_sinks
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.backends.flash_attn_providers import KernelArguments, Provider, resolve
 from fa_research.masks import Band
@@ -80,6 +81,11 @@ class FlashAttnBackend(AttentionBackend):
         sinks_H: Tensor | None = None,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if sinks_H is not None and return_lse:
+            # The kernel's LSE has the sink in it; ours has not.
+            out, lse = self.attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, return_lse=True)
+            assert lse is not None
+            return apply_sinks(out, lse, sinks_H), lse
         band = _band(spec)
         args = KernelArguments(
             scale=spec.scale,
@@ -92,8 +98,6 @@ class FlashAttnBackend(AttentionBackend):
         )
         k_PSKD = k_cache_NKD.unflatten(0, (-1, metadata.page_size))
         v_PSKV = v_cache_NKV.unflatten(0, (-1, metadata.page_size))
-        if sinks_H is not None:
-            sinks_H = sinks_H.to(q_THD.dtype)
         return self._kernels.call(q_THD, k_PSKD, v_PSKV, metadata, args, metadata.plans.get(spec), sinks_H)
 
 

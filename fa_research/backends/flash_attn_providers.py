@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fa_research.metadata import FlashAttentionMetadata
@@ -35,7 +36,7 @@ class Provider:
 
     module: ClassVar[str]
     versions: ClassVar[frozenset[int]]
-    sinks: ClassVar[bool] = False
+    sinks: ClassVar[frozenset[torch.dtype]] = frozenset()  # dtypes for which the kernel takes sinks
     chunk: ClassVar[bool] = False
     page_size_multiple: ClassVar[dict[int, int]] = {2: 256, 3: 1}
 
@@ -118,7 +119,7 @@ class SGLKernel(_WithKVCache):
     """`sgl_kernel.flash_attn`, SGLang's kernels."""
 
     module = "sgl_kernel.flash_attn"
-    sinks = True
+    sinks = frozenset({torch.bfloat16})
 
 
 class HubKernels(_WithKVCache):
@@ -162,7 +163,7 @@ class VLLM(Provider):
 
     module = "vllm.vllm_flash_attn"
     versions = frozenset({2, 3})
-    sinks = True
+    sinks = frozenset({torch.bfloat16})
     page_size_multiple = {2: 16, 3: 1}
 
     def _load(self) -> Any:

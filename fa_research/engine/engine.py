@@ -149,9 +149,8 @@ def create_cache(
         allocator.churn(config.seed)
     table = ReqToTokenPool(max_requests, context_len, page_size=kv.page_size, device=device)
     pool = TokenToKVPool(num_pages, kv.page_size, device=device, **shape)  # type: ignore[arg-type]
-    if config.debug.poison:
-        pool.poison()
-    return PagedKVCache(table, allocator, pool, check_invariants=config.debug.check_invariants)
+    debug = config.debug
+    return PagedKVCache(table, allocator, pool, check_invariants=debug.check_invariants, poison=debug.poison)
 
 
 def build_engine(

@@ -68,13 +68,16 @@ class PagedAllocator:
             assert self._references[page] > 0, f"page {page} is not in use"
             self._references[page] += 1
 
-    def free(self, pages: Iterable[int]) -> None:
-        """One owner fewer for each page; a page without owners goes back to the free list."""
+    def free(self, pages: Iterable[int]) -> list[int]:
+        """One owner fewer for each page; those without an owner go back to the free list, and are returned."""
+        freed = []
         for page in pages:
             assert self._references[page] > 0, f"page {page} is freed twice"
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._free.append(page)
+                freed.append(page)
+        self._free += freed
+        return freed
 
     def churn(self, seed: int) -> None:
         """Leave the free list as long service does: in no order. Tables made from it are never `arange`, which would

@@ -14,7 +14,8 @@ from fa_research.kv_cache.req_to_token import ReqToTokenPool
 
 @dataclass(slots=True, eq=False)
 class CachedRequest:
-    """One request's place: its row in `req_to_token`, its pages in order, and how many tokens are in the cache."""
+    """One request's place: its row in `req_to_token`, its pages in order, and how many tokens are in the
+    cache."""
 
     row: int
     seq_len: int = 0
@@ -24,8 +25,9 @@ class CachedRequest:
 class PagedKVCache:
     """Opens, grows, forks and closes requests. Growth is all or nothing: KVCacheFull changes nothing.
 
-    check_invariants: verify the whole bookkeeping after every operation (`debug.check_invariants`).
-    """
+    check_invariants: verify the whole bookkeeping after every operation (`debug.check_invariants`). poison:
+    NaN in the sink page and in every free page; a page is cleared when it is handed out (`debug.poison`).
+    What lies past a request's end in its own last page stays finite, as the pool promises to the kernels. """
 
     def __init__(
         self,
@@ -34,6 +36,7 @@ class PagedKVCache:
         kv: TokenToKVPool,
         *,
         check_invariants: bool = False,
+        poison: bool = False,
     ) -> None:
         assert req_to_token.page_size == allocator.page_size == kv.page_size
         self.req_to_token = req_to_token
@@ -42,6 +45,9 @@ class PagedKVCache:
         self.page_size = allocator.page_size
         self.requests: dict[int, CachedRequest] = {}
         self._check_invariants = check_invariants
+        self._poison = poison
+        if poison:
+            kv.poison()
 
     def open(self) -> CachedRequest:
         """A new request without tokens."""
@@ -50,8 +56,8 @@ class PagedKVCache:
         return request
 
     def reserve(self, requests: Sequence[CachedRequest], seq_lens: Sequence[int]) -> None:
-        """Make sure that each request has slots for `seq_lens` tokens in all. Raises KVCacheFull or ConfigError (past
-        the context limit), and then nothing has changed."""
+        """Make sure that each request has slots for `seq_lens` tokens in all. Raises KVCacheFull or
+        ConfigError (past the context limit), and then nothing has changed."""
         self._check_limit(seq_lens)
         capacities = [len(request.pages) * self.page_size for request in requests]
         counts = [
@@ -68,6 +74,8 @@ class PagedKVCache:
             request.pages += pages[taken : taken + count]
             taken += count
         self.req_to_token.write_pages(rows, indices, pages)
+        if self._poison and pages:
+            self.kv.clear(pages)
         self._after()
 
     def extend(self, requests: Sequence[CachedRequest], new_lens: Sequence[int]) -> None:
@@ -78,8 +86,8 @@ class PagedKVCache:
             request.seq_len = seq_len
 
     def fork(self, parent: CachedRequest, prefix_len: int) -> CachedRequest:
-        """A new request that shares the parent's first tokens. Only full pages are shared, because a shared page is
-        never written: the fork starts at `prefix_len` rounded down to whole pages."""
+        """A new request that shares the parent's first tokens. Only full pages are shared, because a shared
+        page is never written: the fork starts at `prefix_len` rounded down to whole pages."""
         assert prefix_len <= parent.seq_len
         count = prefix_len // self.page_size
         child = self.open()
@@ -96,7 +104,9 @@ class PagedKVCache:
             f"the request is not open, row {request.row} is another's or free"
         )
         del self.requests[request.row]
-        self.allocator.free(request.pages)
+        freed = self.allocator.free(request.pages)
+        if self._poison and freed:
+            self.kv.poison(freed)
         self.req_to_token.free(request.row)
         request.pages = []
         self._after()

@@ -103,6 +103,13 @@ class TokenToKVPool:
 
     def poison(self, pages: Sequence[int] | None = None) -> None:
         """NaN in these pages (None: everywhere), so that a read of a slot that nothing wrote shows in the result."""
+        self._fill(pages, float("nan"))
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Zeros in these pages."""
+        self._fill(pages, 0.0)
+
+    def _fill(self, pages: Sequence[int] | None, value: float) -> None:
         for buffer in (self.k_LNKD, self.v_LNKV):
             paged = buffer.unflatten(1, (-1, self.page_size))
-            paged[:, slice(None) if pages is None else list(pages)] = float("nan")
+            paged[:, slice(None) if pages is None else list(pages)] = value

@@ -7,7 +7,7 @@ F intermediate size.
 A layer is four matrix products (Q, K and V fused; gate and up fused) and three fused elementwise kernels
 around the attention, which comes in as a function (`fa_research.attention.layer.Attend`) and does the
 rotation and the cache too. Architecture: Touvron et al., "LLaMA" (2023); Grattafiori et al., "The Llama 3
-Herd of Models" (2024). """
+Herd of Models" (2024)."""
 
 from __future__ import annotations
 
