@@ -9,8 +9,10 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from fa_research.batch import ForwardBatch, ForwardMode
@@ -84,6 +86,11 @@ def decode_batch(
         max_seq_len_q=1,
         max_seq_len_k=bound,
     )
+
+
+def examples(count: int, **more: Any) -> settings:
+    """Settings of a property test: so many examples, however slow the machine is."""
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow], **more)
 
 
 @contextmanager

@@ -20,7 +20,16 @@ from fa_research.batch import ForwardBatch, extend_batch
 from fa_research.kv_cache import CachedRequest, PagedKVCache
 from fa_research.masks import Causal, Mask
 from fa_research.spec import AttentionSpec
-from tests.caches import age, decode_batch, make_cache, no_synchronisation, slots_of, table_row, tokens
+from tests.caches import (
+    age,
+    decode_batch,
+    examples,
+    make_cache,
+    no_synchronisation,
+    slots_of,
+    table_row,
+    tokens,
+)
 
 __all__ = [
     "DEVICES",
@@ -29,6 +38,7 @@ __all__ = [
     "age",
     "assert_accurate",
     "decode_batch",
+    "examples",
     "make_cache",
     "make_spec",
     "no_synchronisation",

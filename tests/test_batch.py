@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fa_research.batch import ForwardMode, extend_batch
-from tests.helpers import DEVICES, age, make_cache, slots_of, tokens
+from tests.helpers import DEVICES, age, examples, make_cache, slots_of, tokens
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     page_size=st.sampled_from([1, 3, 16, 256]),
     lens=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), min_size=1, max_size=6),

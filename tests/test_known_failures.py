@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fa_research import backends
@@ -19,7 +19,7 @@ from fa_research.errors import ConfigError, KVCacheFull
 from fa_research.kv_cache import CachedRequest, ReqToTokenPool
 from fa_research.masks import Causal, Chunked
 from fa_research.metadata import FlashAttentionMetadata, fill_metadata
-from tests.helpers import Scene, age, make_cache, make_spec, slots_of, table_row
+from tests.helpers import Scene, age, examples, make_cache, make_spec, slots_of, table_row
 from tests.kv_cache.states import cache_state
 
 NAMES = pytest.mark.parametrize("name", backends.names())
@@ -78,7 +78,7 @@ def test_a_request_at_exactly_the_context_limit(
     assert cache_state(scene.cache) == before
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.data())
 def test_a_nearly_full_cache_admits_what_fits_and_nothing_else(data: st.DataObject) -> None:
     """known failure: prefill out of memory when the page size is large (SGLang #7353): tokens were counted as

@@ -6,13 +6,13 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fa_research.batch import ForwardBatch, extend_batch
 from fa_research.kv_cache import CachedRequest, PagedKVCache
 from fa_research.metadata import FlashAttentionMetadata, fill_metadata
-from tests.helpers import DEVICES, age, decode_batch, make_cache, no_synchronisation, tokens
+from tests.helpers import DEVICES, age, decode_batch, examples, make_cache, no_synchronisation, tokens
 
 UNTOUCHED = -7
 LIMIT = 80
@@ -96,7 +96,7 @@ def test_fill_against_plain_python(name: str, page_size: int, device: str) -> No
         assert cu[count + 1 :].eq(UNTOUCHED).all()
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     page_size=st.integers(1, 20),
     lens=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=7),

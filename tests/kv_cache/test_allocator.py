@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fa_research.errors import KVCacheFull
 from fa_research.kv_cache import PagedAllocator
+from tests.helpers import examples
 from tests.kv_cache.states import allocator_state
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.data())
 def test_long_random_runs(data: st.DataObject) -> None:
     """Owners take, share and give back pages in any order; a count beside the allocator knows who holds what."""
@@ -60,7 +61,7 @@ def check(allocator: PagedAllocator, owners: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 256])
 @given(prefix=st.integers(0, 700), new=st.integers(0, 700))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_pages_for_counts_the_page_borders_that_are_crossed(page_size: int, prefix: int, new: int) -> None:
     """The partly filled last page is continued first: one page for each token that begins one."""
     allocator = PagedAllocator(1, page_size)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fa_research.errors import ConfigError, KVCacheFull
 from fa_research.kv_cache import CachedRequest, PagedKVCache
-from tests.helpers import age, make_cache, slots_of, table_row
+from tests.helpers import age, examples, make_cache, slots_of, table_row
 from tests.kv_cache.states import cache_state
 
 LIMIT = 22  # tokens of a request; no multiple of the page sizes below but 1
@@ -145,7 +144,7 @@ class Service(RuleBasedStateMachine):
 
 
 TestService = Service.TestCase
-TestService.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestService.settings = examples(120, stateful_step_count=40)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 128])
