@@ -64,6 +64,7 @@ class AttentionBackend(ABC):
         self.forward_metadata: FlashAttentionMetadata | None = None
         self._chunked: dict[int, FlashAttentionMetadata] = {}
         self._static: FlashAttentionMetadata | None = None
+        self._every_static: list[FlashAttentionMetadata] = []
 
     # What a backend writes.
 
@@ -122,9 +123,11 @@ class AttentionBackend(ABC):
         return self._set(metadata, batch)
 
     def init_cuda_graph_state(self, max_batch_size: int, max_seq_len_k: int) -> None:
-        """Allocate the static metadata that every captured batch size shares."""
+        """Allocate the static metadata that every captured batch size shares. What an earlier call allocated stays
+        alive, because graphs captured on it read it."""
         page_size, device = self.settings.page_size, self.settings.device
         self._static = FlashAttentionMetadata.allocate(max_batch_size, max_seq_len_k, page_size, device)
+        self._every_static.append(self._static)
 
     def init_forward_metadata_capture_cuda_graph(
         self, batch: ForwardBatch, req_to_token_RW: Tensor

@@ -86,6 +86,8 @@ class FlashAttnBackend(AttentionBackend):
             out, lse = self.attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, return_lse=True)
             assert lse is not None
             return apply_sinks(out, lse, sinks_H), lse
+        if sinks_H is not None:
+            sinks_H = sinks_H.to(q_THD.dtype)
         band = _band(spec)
         args = KernelArguments(
             scale=spec.scale,

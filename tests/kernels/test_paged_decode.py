@@ -24,8 +24,9 @@ MASKS = [{}, {"window": 1}, {"window": 21}, {"chunk": 16}, {"chunk": 13}, {"soft
 
 
 def decode(case: Case, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(case.cache_seqlens.tolist(), default=0)
-    options = {"max_seq_len_k": longest, "_config": SMALL, "scale": SCALE, **options}
+    if "max_seq_len_k" not in options:
+        options["max_seq_len_k"] = max(case.cache_seqlens.tolist(), default=0)
+    options = {"_config": SMALL, "scale": SCALE, **options}
     tensors = (case.q, case.k, case.v, case.page_table, case.cache_seqlens)
     out, lse = paged_decode(*tensors, page_size=case.page_size, return_lse=True, **options)
     assert lse is not None
