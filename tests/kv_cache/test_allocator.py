@@ -95,10 +95,8 @@ def test_a_shared_page_is_free_when_its_last_owner_leaves() -> None:
     allocator = PagedAllocator(2, 4)
     pages = allocator.alloc(1)
     allocator.share(pages)
-    allocator.free(pages)
-    assert allocator.pages_used == 1
-    allocator.free(pages)
-    assert allocator.pages_used == 0
+    assert allocator.free(pages) == [] and allocator.pages_used == 1
+    assert allocator.free(pages) == pages and allocator.pages_used == 0
 
 
 def test_misuse_is_caught() -> None:

@@ -257,6 +257,32 @@ def test_two_thousand_steps_of_service_leak_nothing() -> None:
     assert cache.allocator.pages_free == 24 and cache.req_to_token.rows_free == 6
 
 
+def poisoned_pages(cache: PagedKVCache) -> set[int]:
+    nan = cache.kv.k_paged(0).isnan().flatten(1)
+    assert torch.equal(nan.any(1), nan.all(1))
+    return set(nan.all(1).nonzero().flatten().tolist())
+
+
+def test_with_poison_exactly_the_pages_that_nobody_holds_are_nan() -> None:
+    """Pages are cleared when handed out, keep what they hold as their request grows, and turn to NaN with their last
+    owner."""
+    plain = make_cache(8, 4)
+    cache = PagedKVCache(plain.req_to_token, plain.allocator, plain.kv, poison=True)
+    assert poisoned_pages(cache) == set(range(9))
+    parent = cache.open()
+    cache.extend([parent], [9])
+    assert poisoned_pages(cache) == set(range(9)) - set(parent.pages)
+    cache.kv.k(0)[table_row(cache, parent)] = 5.0
+    cache.extend([parent], [5])
+    assert cache.kv.k(0)[table_row(cache, parent)[:9]].eq(5.0).all()
+    child = cache.fork(parent, 8)
+    cache.close(parent)
+    assert poisoned_pages(cache) == set(range(9)) - set(child.pages)
+    assert cache.kv.k(0)[table_row(cache, child)].eq(5.0).all()
+    cache.close(child)
+    assert poisoned_pages(cache) == set(range(9))
+
+
 def damaged(cache: PagedKVCache, request: CachedRequest, damage: str) -> None:
     if damage == "lost page":
         request.pages.pop()

@@ -118,6 +118,16 @@ def test_poison_is_everywhere() -> None:
     assert pool.k_LNKD.isnan().all() and pool.v_LNKV.isnan().all()
 
 
+def test_single_pages_are_poisoned_and_cleared_in_every_layer() -> None:
+    pool = make_pool(num_pages=4, page_size=3)
+    pool.poison([0, 3])
+    pool.clear([3])
+    pool.poison([4])
+    for buffer in (pool.k_LNKD, pool.v_LNKV):
+        nan = buffer.unflatten(1, (5, 3)).isnan().flatten(2)
+        assert nan.all(2).tolist() == nan.any(2).tolist() == [[True, False, False, False, True]] * 3
+
+
 # How many pages.
 
 
