@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,23 +10,10 @@ import torch
 from fa_research.config import GraphMode
 from fa_research.engine.decode import DecodeRunner
 from fa_research.masks import Chunked
+from tests.caches import no_synchronisation
 from tests.engine.lab import FA2, FA3, PADDED, TRITON, TRITON_EAGER, Lab, Place, places, prompts_of
 
 STEPS = {"cpu": 60, "cuda": 1000}
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    """Within, whatever makes the host wait for the device raises."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def started(place: Place, steps: int, *, reserved: bool, sink: bool = False) -> tuple[Lab, DecodeRunner]:
