@@ -42,8 +42,9 @@ def check(case: Case, sinks: torch.Tensor | None = None, semantics: dict | None 
     assert_close(lse, expected_lse, TOLERANCE[case.q.dtype])
 
 
-@pytest.mark.parametrize("page_size", [3, 16])
-@pytest.mark.parametrize("semantics", MASKS, ids=str)
+@pytest.mark.parametrize(
+    ("page_size", "semantics"), [*((3, mask) for mask in MASKS), (16, {}), (16, {"window": 21})]
+)
 def test_masks_over_shuffled_pages(page_size: int, semantics: dict) -> None:
     check(make_case(RAGGED, page_size=page_size), semantics=semantics)
 
