@@ -50,6 +50,13 @@ class FlashAttentionMetadata:
         table = zeros(batch_size, -(-max_seq_len_k // page_size))
         return cls(zeros(batch_size), zeros(batch_size + 1), zeros(batch_size + 1), table, page_size)
 
+    def copy_(self, other: FlashAttentionMetadata) -> None:
+        """Take the numbers of `other`, which has the same shapes, in place."""
+        for name in ("cache_seqlens_int32_B", "cu_seqlens_q_B1", "cu_seqlens_k_B1", "page_table_BP"):
+            getattr(self, name).copy_(getattr(other, name))
+        self.max_seq_len_q, self.max_seq_len_k = other.max_seq_len_q, other.max_seq_len_k
+        self.plans.clear()
+
     def head(self, batch_size: int) -> FlashAttentionMetadata:
         """The first `batch_size` requests of the same buffers (one static set serves every captured batch
         size)."""

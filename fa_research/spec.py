@@ -56,7 +56,6 @@ class Capabilities:
     own_v_head_dim: values may have another head dim than keys.
     page_size_multiple: page sizes must be a multiple of this.
     devices: torch device types. dtypes: torch dtype names, as in "bfloat16".
-    compute_capability: least CUDA compute capability, as (9, 0).
     host_planning: the backend must run `plan` on the host before every pass (and before every graph replay).
     """
 
@@ -70,7 +69,5 @@ class Capabilities:
     softcap: bool = False
     sinks: bool = False
     returns_lse: bool = False
-    compute_capability: tuple[int, int] | None = None
-    max_compute_capability: tuple[int, int] | None = None
     host_planning: bool = False
     cuda_graph: GraphSupport = GraphSupport.DECODE

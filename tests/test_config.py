@@ -126,7 +126,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["workload.context_len=8"], ["unknown key workload.context_len", "workload=decode and workload=mixed"]),
     (["+workload.context_len=8"], ["unknown key workload.context_len", "workload=decode and workload=mixed"]),
     # unknown choices
-    (["backend=fa4"], ["backend=fa4 is unknown", "choose one of auto, fa2, fa3, torch, triton"]),
+    (["backend=fa9"], ["backend=fa9 is unknown", "choose one of auto, "]),
     (["workload=txt"], ["workload=txt is unknown", "did you mean text?"]),
     (["experiment=nope"], ["experiment=nope is unknown", "first_ablation"]),
     (["device=tpu"], ["device='tpu'", "one of auto, cpu, cuda"]),

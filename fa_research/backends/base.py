@@ -1,8 +1,8 @@
 """The contract of a backend, on one page.
 
 A new backend is one file in this folder with one subclass, and one YAML in `configs/backend/`. It writes
-`unavailable`, `capabilities`, `attend`, and, if it must, `plan`. Everything else (metadata, rewrites, CUDA-graph state)
-is here. The verbs are SGLang's.
+`unavailable`, `capabilities`, `attend`, and, if it must, `plan`. Everything else (metadata, rewrites,
+CUDA-graph state) is here. The verbs are SGLang's.
 
 Legend: T query tokens, H query heads, K KV heads, D head dim, V value head dim, N slots.
 """
@@ -28,8 +28,8 @@ from fa_research.spec import AttentionSpec, Capabilities
 @dataclass(frozen=True, slots=True)
 class BackendSettings:
     """What a backend is made for. `dtype` is that of queries, keys and values; lengths are in tokens.
-    `num_splits` 0 leaves the split of the keys to the kernel; `deterministic` asks that a request's result be bitwise
-    independent of its neighbours; `options` are the backend's own."""
+    `num_splits` 0 leaves the split of the keys to the kernel; `deterministic` asks that a request's result be
+    bitwise independent of its neighbours; `options` are the backend's own."""
 
     device: torch.device
     dtype: torch.dtype
@@ -65,6 +65,7 @@ class AttentionBackend(ABC):
         self._chunked: dict[int, FlashAttentionMetadata] = {}
         self._static: FlashAttentionMetadata | None = None
         self._every_static: list[FlashAttentionMetadata] = []
+        self._static_chunked: dict[tuple[int, int, int], FlashAttentionMetadata] = {}
 
     # What a backend writes.
 
@@ -89,8 +90,9 @@ class AttentionBackend(ABC):
         return None
 
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:  # noqa: B027 (a hook)
-        """Work once per forward pass for one kind of layer; keep the result in `metadata.plans[lowering.spec]`. It runs
-        on the device, inside a captured graph, unless `capabilities.host_planning`: then before each replay."""
+        """Work once per forward pass for one kind of layer; keep the result in
+        `metadata.plans[lowering.spec]`. It runs on the device, inside a captured graph, unless
+        `capabilities.host_planning`: then before each replay."""
 
     @abstractmethod
     def attend(
@@ -104,7 +106,8 @@ class AttentionBackend(ABC):
         sinks_H: Tensor | None = None,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output [T, H, V] in the query's dtype, and, when asked, LSE [T, H] in float32 (natural, without the sink)."""
+        """Output [T, H, V] in the query's dtype, and, when asked, LSE [T, H] in float32 (natural, without the
+        sink)."""
 
     # What a backend has.
 
@@ -123,8 +126,8 @@ class AttentionBackend(ABC):
         return self._set(metadata, batch)
 
     def init_cuda_graph_state(self, max_batch_size: int, max_seq_len_k: int) -> None:
-        """Allocate the static metadata that every captured batch size shares. What an earlier call allocated stays
-        alive, because graphs captured on it read it."""
+        """Allocate the static metadata that every captured batch size shares. What an earlier call allocated
+        stays alive, because graphs captured on it read it."""
         page_size, device = self.settings.page_size, self.settings.device
         self._static = FlashAttentionMetadata.allocate(max_batch_size, max_seq_len_k, page_size, device)
         self._every_static.append(self._static)
@@ -132,16 +135,16 @@ class AttentionBackend(ABC):
     def init_forward_metadata_capture_cuda_graph(
         self, batch: ForwardBatch, req_to_token_RW: Tensor
     ) -> FlashAttentionMetadata:
-        """The same as `init_forward_metadata` on the static buffers. It runs while the graph is captured, so that every
-        replay fills and plans anew on the device."""
+        """The same as `init_forward_metadata` on the static buffers. It runs while the graph is captured, so
+        that every replay fills and plans anew on the device."""
         assert self._static is not None, "init_cuda_graph_state comes first"
         metadata = self._static.head(batch.batch_size)
         fill_metadata(metadata, batch, req_to_token_RW, self.settings.page_size)
-        return self._set(metadata, batch)
+        return self._set(metadata, batch, static=True)
 
     def init_forward_metadata_replay_cuda_graph(self, batch: ForwardBatch, req_to_token_RW: Tensor) -> None:
-        """Before a replay of a backend with `capabilities.host_planning`: the same, outside the graph, with the host's
-        lengths in `batch.seq_lens_cpu`. Other backends have all of it in the graph."""
+        """Before a replay of a backend with `capabilities.host_planning`: the same, outside the graph, with
+        the host's lengths in `batch.seq_lens_cpu`. Other backends have all of it in the graph."""
         self.init_forward_metadata_capture_cuda_graph(batch, req_to_token_RW)
 
     def forward(
@@ -171,10 +174,23 @@ class AttentionBackend(ABC):
         """Attention of a DECODE pass; arguments and result are those of `attend`."""
         return self.attend(*args, **kwargs)
 
-    def _set(self, metadata: FlashAttentionMetadata, batch: ForwardBatch) -> FlashAttentionMetadata:
+    def _set(
+        self, metadata: FlashAttentionMetadata, batch: ForwardBatch, *, static: bool = False
+    ) -> FlashAttentionMetadata:
         self.forward_metadata = metadata
         chunks = {lowering.chunk for lowering in self.lowerings if lowering.chunk}
         self._chunked = {chunk: chunk_metadata(metadata, batch, chunk) for chunk in chunks}
+        if static:
+            self._chunked = {chunk: self._keep(chunk, derived) for chunk, derived in self._chunked.items()}
         for lowering in dict.fromkeys(self.lowerings):
             self.plan(self._chunked[lowering.chunk] if lowering.chunk else metadata, lowering)
         return metadata
+
+    def _keep(self, chunk: int, derived: FlashAttentionMetadata) -> FlashAttentionMetadata:
+        """The virtual requests of a static batch, in the tensors that its first pass made: a replay reads
+        those."""
+        key = (len(self._every_static), derived.batch_size, chunk)
+        kept = self._static_chunked.setdefault(key, derived)
+        if kept is not derived:
+            kept.copy_(derived)
+        return kept

@@ -27,7 +27,7 @@ class PagedKVCache:
 
     check_invariants: verify the whole bookkeeping after every operation (`debug.check_invariants`). poison:
     NaN in the sink page and in every free page; a page is cleared when it is handed out (`debug.poison`).
-    What lies past a request's end in its own last page stays finite, as the pool promises to the kernels. """
+    What lies past a request's end in its own last page stays finite, as the pool promises to the kernels."""
 
     def __init__(
         self,

@@ -37,7 +37,10 @@ class ReqToTokenPool:
         return self._free_rows.pop()
 
     def free(self, row: int) -> None:
+        """Give a row back. It points at the sink page again: nothing may reach another request's pages by
+        it."""
         assert 0 < row <= self.max_requests and row not in self._free_rows, f"row {row} is freed twice"
+        self.req_to_token[row].zero_()
         self._free_rows.append(row)
 
     def write_pages(self, rows: list[int], page_indices: list[int], pages: list[int]) -> None:

@@ -71,10 +71,10 @@ def test_create_gives_the_backend_with_one_lowering_a_layer() -> None:
 def test_unavailable_lists_what_would_work(name: str) -> None:
     with pytest.raises(BackendUnavailable) as error:
         backends.create(name, settings(), [SPEC])
-    assert error.value.alternatives == ("torch", "triton")
+    assert {"torch", "triton"} <= set(error.value.alternatives)
     text = str(error.value)
     assert text.startswith(f"backend={name} is not available here: needs an NVIDIA")
-    assert "no CUDA device" in text and text.endswith("Backends that would work here: torch, triton")
+    assert "no CUDA device" in text and "Backends that would work here: " in text
 
 
 @NO_GPU
@@ -82,7 +82,7 @@ def test_alternatives_are_tried_with_the_same_layers() -> None:
     """The Triton interpreter takes no bfloat16, so only the oracle is left."""
     with pytest.raises(BackendUnavailable) as error:
         backends.create("fa3", settings(dtype=torch.bfloat16), [SPEC])
-    assert error.value.alternatives == ("torch",)
+    assert "torch" in error.value.alternatives and "triton" not in error.value.alternatives
 
 
 @NO_GPU
@@ -90,7 +90,7 @@ def test_options_of_the_refused_backend_do_not_count_against_the_others() -> Non
     asked = settings(provider="vllm.vllm_flash_attn", num_splits=4, options={"only_for_fa3": 1})
     with pytest.raises(BackendUnavailable) as error:
         backends.create("fa3", asked, [SPEC])
-    assert error.value.alternatives == ("torch", "triton")
+    assert {"torch", "triton"} <= set(error.value.alternatives)
 
 
 @NO_GPU
@@ -98,7 +98,7 @@ def test_unsupported_lists_every_reason_once() -> None:
     bad = replace(SPEC, head_dim=80, v_head_dim=80)
     with pytest.raises(Unsupported) as error:
         backends.create("triton", settings(dtype=torch.bfloat16), [SPEC, bad, bad])
-    assert error.value.alternatives == ("torch",)
+    assert "torch" in error.value.alternatives and "triton" not in error.value.alternatives
     reasons = error.value.reasons
     assert len(reasons) == len(set(reasons)) == 2
     assert (

@@ -46,11 +46,15 @@ def test_known_failure_11_in_the_interpreted_kernels() -> None:
 
 @EVERYWHERE
 def test_padded_writes_stay_in_the_sink_page(place: Place) -> None:
-    """A step writes one slot of each request and the sink page, and not a byte elsewhere."""
+    """A step writes one slot of each request and the sink page, and not a byte elsewhere, also where a request of
+    the batch before stood."""
     lab = Lab(place)
-    requests, first = lab.prefill(prompts_of(21, 4, 33))
+    requests, first = lab.prefill(prompts_of(21, 4, 33, 9))
     decoder = lab.decoder(4, reserve_ahead=1)
     decoder.start(requests, first.argmax(-1))
+    decoder.step()
+    requests = requests[:3]
+    decoder.start(requests, first[:3].argmax(-1))
     lab.cache.reserve(requests, [r.seq_len + 1 for r in requests])
     before = [buffer.clone() for buffer in (lab.cache.kv.k_LNKD, lab.cache.kv.v_LNKV)]
     own = [r.pages[r.seq_len // 16] * 16 + r.seq_len % 16 for r in requests]
