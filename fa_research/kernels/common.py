@@ -49,7 +49,7 @@ def first_allowed(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP: tl.constexpr, AXIS: tl.constexpr):
+def online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """One step of the running softmax over raw scores q.k: weights, factor of what was summed before, norm
     and peak.
 
@@ -63,10 +63,10 @@ def online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP: tl.constexpr
         factor = 1.0
     else:
         factor = scale * LOG2E
-    new_peak = tl.maximum(peak, tl.max(scores, AXIS) * factor)
-    p = tl.exp2(scores * factor - tl.expand_dims(new_peak, AXIS))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
+    p = tl.exp2(scores * factor - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
-    return p, shrink, norm * shrink + tl.sum(p, AXIS), new_peak
+    return p, shrink, norm * shrink + tl.sum(p, 1), new_peak
 
 
 @triton.jit

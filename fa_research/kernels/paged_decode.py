@@ -54,7 +54,6 @@ class DecodeConfig:
     workers_per_sm: int
     min_tiles: int  # a worker takes at least so many tiles, or merging costs more than it saves
     overlap: bool = True  # start the combine kernel early, where the device can
-    swap: bool = False  # keys as the rows of the matrix products
 
 
 @functools.cache
@@ -98,7 +97,7 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
                    MAX_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr, HEAD_DIM: tl.constexpr,
                    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE_KN: tl.constexpr,
                    STRIDE_VN: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-                   HAS_SOFTCAP: tl.constexpr, OVERLAP: tl.constexpr, SWAP: tl.constexpr):
+                   HAS_SOFTCAP: tl.constexpr, OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # the combine kernel may come up beside us; it waits for our end
     worker = tl.program_id(0)
@@ -147,10 +146,7 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
         table = table_ptr + request.to(tl.int64) * stride_tb
         peak = tl.full([BLOCK_H], LOWEST, tl.float32)
         norm = tl.zeros([BLOCK_H], tl.float32)
-        if SWAP:
-            acc = tl.zeros([HEAD_DIM, BLOCK_H], tl.float32)
-        else:
-            acc = tl.zeros([BLOCK_H, HEAD_DIM], tl.float32)
+        acc = tl.zeros([BLOCK_H, HEAD_DIM], tl.float32)
         # Page ids come one tile ahead: the loads of K and V then depend on nothing that is still under way.
         pages = load_pages(table, low, high, PAGE_SIZE, BLOCK_N, True)
         for start in tl.range(low, high, BLOCK_N):
@@ -158,22 +154,14 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
             v = load_tile(v_head, pages, start, first, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
             pages = load_pages(table, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, True)
             live = (start + keys >= first) & (start + keys < high)
-            if SWAP:
-                scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-                scores = tl.where(live[:, None], scores, float("-inf"))
-                p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP, 0)
-                acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
-            else:
-                scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-                scores = tl.where(live[None, :], scores, float("-inf"))
-                p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP, 1)
-                acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores = tl.where(live[None, :], scores, float("-inf"))
+            p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
         # norm is 0 only where nothing was allowed: then out is 0 and lse -inf.
         norm = tl.where(norm > 0, norm, 1.0)
         lse2 = tl.where(peak > LOWEST, peak + tl.log2(norm), float("-inf"))
-        if SWAP:
-            acc = tl.trans(acc)
         result = acc * (1.0 / norm)[:, None]
         if taken == units:
             if sinks_ptr is not None:
@@ -335,7 +323,7 @@ def paged_decode(
         KV_HEADS=kv_heads, GROUP=group, BLOCK_B=block_b, BLOCK_H=max(triton.next_power_of_2(group), 16),
         MAX_SPLITS=max_splits, MIN_TILES=min_tiles, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
         BLOCK_N=config.block_n, STRIDE_KN=k_NKD.stride(0), STRIDE_VN=v_NKV.stride(0), WINDOW=window,
-        CHUNK=chunk, HAS_SOFTCAP=softcap > 0, OVERLAP=overlap, SWAP=config.swap,
+        CHUNK=chunk, HAS_SOFTCAP=softcap > 0, OVERLAP=overlap,
         num_warps=config.num_warps, num_stages=config.num_stages)
     if combine:
         _combine_kernel[(batch * heads,)](

@@ -81,7 +81,7 @@ def _masked_tiles(acc, norm, peak, q, positions, k_head, v_head, table, first, l
         pages = load_pages(table, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, True)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = _mask(scores, start, positions, high, BLOCK_N, CAUSAL, WINDOW, CHUNK)
-        p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP, 1)
+        p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, norm, peak
 
@@ -110,11 +110,11 @@ def _main_tiles(acc, norm, peak, q, positions, k_head, v_head, table, low, top, 
         v_pages = load_pages(table, start, high, PAGE_SIZE, BLOCK_N, False)
         k_pages = load_pages(table, tl.maximum(start - BLOCK_N, low), high, PAGE_SIZE, BLOCK_N, False)
         next_scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP, 1)
+        p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         scores = next_scores
     v = load_tile(v_head, v_pages, low, low, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
-    p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP, 1)
+    p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, norm, peak
 

@@ -20,7 +20,7 @@ from fa_research.kernels import paged_decode, paged_extend
 TYPES = {"table_ptr": "*i32", "seqlens_ptr": "*i32", "starts_ptr": "*i32", "scale": "fp32", "softcap": "fp32"}
 COMMON = {"KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "PAGE_SIZE": 16, "STRIDE_KN": 1024, "STRIDE_VN": 1024,
           "WINDOW": 0, "CHUNK": 0, "HAS_SOFTCAP": False, "BLOCK_B": 64, "sinks_ptr": None, "lse_ptr": None}
-DECODE = {"BLOCK_H": 16, "MAX_SPLITS": 0, "MIN_TILES": 2, "OVERLAP": True, "SWAP": False, "BLOCK_S": 16}
+DECODE = {"BLOCK_H": 16, "MAX_SPLITS": 0, "MIN_TILES": 2, "OVERLAP": True, "BLOCK_S": 16}
 FEATURES = {"WINDOW": 128, "CHUNK": 96, "HAS_SOFTCAP": True, "PAGE_SIZE": 48, "GROUP": 7}
 
 def compiled(kernel, constants, dtype, warps, stages):
