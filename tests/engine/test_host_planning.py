@@ -19,27 +19,32 @@ from fa_research.backends.triton_backend import TritonBackend
 from fa_research.batch import ForwardBatch
 from fa_research.config import GraphMode
 from fa_research.engine.decode import DecodeRunner
-from fa_research.masks import Causal, SlidingWindow
+from fa_research.masks import Chunked, SlidingWindow
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import AttentionSpec, Capabilities
 from tests.engine.lab import EAGER, PADDED, TRITON, Lab, Place, Session, places, prompts_of
 
 CAUSAL = AttentionSpec(4, 2, 64, 64, 0.125)
-SPECS = (CAUSAL, dataclasses.replace(CAUSAL, mask=SlidingWindow(9)), CAUSAL)
+LOCAL = dataclasses.replace(CAUSAL, mask=SlidingWindow(9))
+CHUNKED = dataclasses.replace(CAUSAL, mask=Chunked(16))
+SPECS = (CAUSAL, LOCAL, CAUSAL)
 
 
 class _Planner(AttentionBackend):
-    """Attends with the lengths that it planned, which come from the host; a stale plan is a wrong result."""
+    """Attends with the lengths that it planned, which come from the host; a stale plan is a wrong result. Plans lie in
+    buffers of their own, made once, so that a captured graph finds the next one."""
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
         super().__init__(settings, specs)
         self.events: list[Any] = []
         self.lens: tuple[int, ...] = ()
-        self.planned = {s: torch.zeros(8, dtype=torch.int32, device=settings.device) for s in set(specs)}
+        device = settings.device
+        self.planned = {low: torch.zeros(8, dtype=torch.int32, device=device) for low in self.lowerings}
 
     @property
     def capabilities(self) -> Capabilities:
-        return dataclasses.replace(super().capabilities, host_planning=True)
+        bands = frozenset({"causal", "full", "window"})  # chunks become virtual requests
+        return dataclasses.replace(super().capabilities, host_planning=True, mask_features=bands)
 
     def init_forward_metadata(self, batch: ForwardBatch, req_to_token_RW: Tensor) -> FlashAttentionMetadata:
         self.lens = batch.seq_lens_cpu
@@ -54,13 +59,14 @@ class _Planner(AttentionBackend):
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
         if self.settings.device.type == "cuda":
             assert not torch.cuda.is_current_stream_capturing(), "planning became part of the graph"
-        self.events.append((lowering.spec, self.lens))
-        planned = self.planned[lowering.spec]
-        planned[: len(self.lens)].copy_(torch.tensor(self.lens, dtype=torch.int32))
+        self.events.append((lowering, self.lens))
+        lens = [n - (n - 1) // lowering.chunk * lowering.chunk if lowering.chunk else n for n in self.lens]
+        metadata.plans[lowering.spec] = planned = self.planned[lowering]
+        planned[: len(lens)].copy_(torch.tensor(lens, dtype=torch.int32))
 
     def forward_decode(self, q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options):  # type: ignore[no-untyped-def]
         self.events.append("attend")
-        lens_B = self.planned[spec][: metadata.batch_size]
+        lens_B = metadata.plans[spec][: metadata.batch_size]
         metadata = dataclasses.replace(metadata, cache_seqlens_int32_B=lens_B, plans={})
         return super().forward_decode(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options)
 
@@ -73,9 +79,9 @@ class TritonPlanner(_Planner, TritonBackend):
     name = "triton_planner"
 
 
-def lab_of(place: Place) -> Lab:
+def lab_of(place: Place, specs: tuple[AttentionSpec, ...] = SPECS) -> Lab:
     planner = TritonPlanner if place.backend == "triton" else TorchPlanner
-    return Lab(place, num_layers=3, specs=SPECS, make_backend=planner)
+    return Lab(place, num_layers=len(specs), specs=specs, make_backend=planner)
 
 
 def started(place: Place) -> tuple[Lab, DecodeRunner]:
@@ -88,9 +94,11 @@ def started(place: Place) -> tuple[Lab, DecodeRunner]:
     return lab, decoder
 
 
+@pytest.mark.parametrize("specs", [SPECS, (CAUSAL, CHUNKED)], ids=["window", "chunk"])
 @pytest.mark.parametrize("place", places(EAGER, PADDED, TRITON))
-def test_results_are_right(place: Place) -> None:
-    lab = lab_of(place)
+def test_results_are_right(place: Place, specs: tuple[AttentionSpec, ...]) -> None:
+    """Also where planning and virtual requests meet: then the plan is for those."""
+    lab = lab_of(place, specs)
     decoder = lab.decoder(1, 2, 4)
     session = Session(lab, (21, 4, 33))
     for which in ((0, 1, 2), (2,), (1, 0)):
@@ -105,7 +113,7 @@ def test_plans_come_once_a_step_and_kind_of_layer_before_anything_attends(place:
     for step in range(1, 8):  # the host's own lengths are brought up to date only every five steps
         decoder.step()
         lens = (21 + step, 4 + step, 33 + step, *padding)
-        assert lab.backend.events[:2] == [(SPECS[0], lens), (SPECS[1], lens)]  # type: ignore[attr-defined]
+        assert lab.backend.events[:2] == [(low, lens) for low in lab.backend.lowerings[:2]]  # type: ignore[attr-defined]
         assert lab.backend.events[2:] == ["attend"] * 3  # type: ignore[attr-defined]
         lab.backend.events.clear()  # type: ignore[attr-defined]
 
@@ -116,7 +124,7 @@ def test_a_replay_is_preceded_by_its_plans() -> None:
     for step in range(1, 8):
         decoder.step()
         lens = (21 + step, 4 + step, 33 + step, 1)
-        assert lab.backend.events == [(SPECS[0], lens), (SPECS[1], lens)]  # type: ignore[attr-defined]
+        assert lab.backend.events == [(low, lens) for low in lab.backend.lowerings[:2]]  # type: ignore[attr-defined]
         lab.backend.events.clear()  # type: ignore[attr-defined]
 
 
@@ -141,4 +149,3 @@ def test_a_backend_that_plans_on_the_device_is_not_told_lengths() -> None:
 
 def test_test_backends_are_no_choice_for_users() -> None:
     assert not {"torch_planner", "triton_planner", "curious", "witness"} & set(backends.names())
-    assert Causal() == SPECS[0].mask
