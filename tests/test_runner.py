@@ -39,11 +39,6 @@ TIMES = ("_us", "_count", "_per_s", "_fraction")
 GPU_BACKENDS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("fa3", "triton", "auto")]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def run(config: Config, folder: Path) -> Row:
     """The cell's row; what is on disk is the same."""
     folder.mkdir(exist_ok=True)
@@ -86,7 +81,7 @@ def test_every_workload_gives_a_row(name: str, level: Level, tmp_path: Path) -> 
 def test_every_workload_gives_a_row_on_the_gpu(backend: str, level: Level, tmp_path: Path) -> None:
     """bfloat16 and graphs; the host's share and the share of the measured roof are columns; none beats the roof."""
     for name in WORKLOADS:
-        config = cell(name, level, device="cuda", backend=backend, poison=False)
+        config = cell(name, level, device="cuda", backend=backend)
         try:
             row = run(config, tmp_path / name)
         except Refusal as refusal:
@@ -222,7 +217,7 @@ def test_memory_that_ran_out_is_told_apart(tmp_path: Path) -> None:
 
 
 def run_py(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"COLUMNS": "160"}
     command = [sys.executable, str(ROOT / "run.py"), *args]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
 

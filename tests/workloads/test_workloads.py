@@ -43,8 +43,7 @@ def test_what_it_needs_is_enough_and_right(
 ) -> None:
     """By default the pool has exactly the pages that the workload asked for: checked, then run as often as the most
     patient measurement would, and checked again. All that nothing wrote is NaN."""
-    poison = backend != "fa3"  # its kernels may multiply the unused end of a request's last page by zero
-    config = cell(name, level, page_size=page_size, device=device, backend=backend, poison=poison)
+    config = cell(name, level, page_size=page_size, device=device, backend=backend)
     try:
         workload, engine = prepared(config)
     except Refusal as refusal:
