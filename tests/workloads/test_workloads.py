@@ -16,9 +16,11 @@ from tests.workloads.cells import LEVELS, WORKLOADS, build, cell, model_config, 
 
 EACH = pytest.mark.parametrize("name", WORKLOADS)
 EACH_LEVEL = pytest.mark.parametrize("level", LEVELS, ids=str)
-DEVICES = [
-    pytest.param("cpu", "torch"),
-    *(pytest.param("cuda", backend, marks=pytest.mark.gpu) for backend in ("triton", "fa3")),
+PLACES = [
+    *(pytest.param("cpu", "torch", page_size) for page_size in (1, 3, 16, 256)),
+    pytest.param("cuda", "triton", 16, marks=pytest.mark.gpu),
+    pytest.param("cuda", "fa3", 1, marks=pytest.mark.gpu),
+    pytest.param("cuda", "fa3", 64, marks=pytest.mark.gpu),
 ]
 
 
@@ -36,10 +38,9 @@ def test_registry() -> None:
 
 @EACH
 @EACH_LEVEL
-@pytest.mark.parametrize("page_size", [1, 3, 16, 256])
-@pytest.mark.parametrize(("device", "backend"), DEVICES)
+@pytest.mark.parametrize(("device", "backend", "page_size"), PLACES)
 def test_what_it_needs_is_enough_and_right(
-    name: str, level: Level, page_size: int, device: str, backend: str
+    name: str, level: Level, device: str, backend: str, page_size: int
 ) -> None:
     """By default the pool has exactly the pages that the workload asked for: checked, then run as often as the most
     patient measurement would, and checked again. All that nothing wrote is NaN."""
