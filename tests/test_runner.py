@@ -27,6 +27,8 @@ from fa_research.config import (
     to_plain,
 )
 from fa_research.errors import ConfigError, FaResearchError, Refusal
+from fa_research.measure import cell as cell_module
+from fa_research.measure.roofline import Roof
 from fa_research.models import attention_specs
 from fa_research.runner import run_cell
 from fa_research.tracking import ROWS_FILE, Row, Status, failed_row, read_rows
@@ -196,6 +198,14 @@ def test_an_offline_run_is_made_beside_the_row(tmp_path: Path) -> None:
     assert run(cell("decode", tracking=tracking), tmp_path).status is Status.ok
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert list(folder.glob("*.wandb"))
+
+
+@pytest.mark.gpu
+def test_a_cell_that_beats_the_roof_is_suspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cell_module, "measure_roof", lambda device, dtype: Roof(1.0, 1.0))
+    row = run(cell("decode", device="cuda", backend="triton"), tmp_path)
+    assert row.status is Status.suspect and times_in(row)
+    assert "which cannot be" in row.reasons[0]
 
 
 @pytest.mark.gpu

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fa_research.config import L2State, Level
-from fa_research.measure.cell import Measurement, _attention_parts, measure
+from fa_research.measure import cell as cell_module
+from fa_research.measure.cell import Measurement, _attention_parts, _fraction, measure
+from fa_research.measure.roofline import Roof, measure_roof
 from fa_research.measure.timing import Timer
 from fa_research.measure.work import attention_work
 from fa_research.models import LlamaForCausalLM
@@ -81,3 +85,36 @@ def test_timing_the_parts_changes_no_key_or_value(name: str) -> None:
     assert result.metrics["kv_write_count"] == 2
     for old, new in zip(before, (kv.k_LNKD, kv.v_LNKV), strict=True):
         assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "l2", "suspect"),
+    [
+        (2.0, "cold", False),
+        (1.0, "cold", False),
+        (0.9, "cold", True),
+        (0.5, "cold", True),
+        (0.5, "warm", False),
+    ],
+)
+def test_what_beats_the_roof_is_suspect(
+    microseconds: float, l2: str, suspect: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 1 MB at 1 TB/s and 1 MFLOP at 2 TFLOP/s, a microsecond is the limit; a warm L2 may well be faster."""
+    monkeypatch.setattr(cell_module, "measure_roof", lambda device, dtype: Roof(1e12, 2e12))
+    engine = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    result = Measurement({"timing_l2": l2})
+    _fraction(engine, "decode_step", 1_000_000, 1_000_000, microseconds, result)  # type: ignore[arg-type]
+    assert result.metrics["decode_step_roof_fraction"] == pytest.approx(1 / microseconds)
+    assert (result.metrics["roof_GB_per_s"], result.metrics["roof_TFLOP_per_s"]) == (1000, 2)
+    assert bool(result.suspicions) == suspect
+    if suspect:
+        assert "decode_step reached" in result.suspicions[0]
+
+
+@pytest.mark.gpu
+def test_the_roof_is_measured_once() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    roof = measure_roof(device, torch.bfloat16)
+    assert roof.bytes_per_s > 1e11 and roof.flops_per_s > 1e12
+    assert measure_roof(device, torch.bfloat16) is roof
