@@ -7,8 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import LlamaConfig
-from transformers import LlamaForCausalLM as PeerLlama
 
 from fa_research.config import GraphMode
 from fa_research.masks import Causal, Chunked, Full, Mask, SlidingWindow
@@ -28,7 +26,6 @@ from tests.engine.lab import (
     places,
     prompts_of,
 )
-from tests.models.test_llama import copy_weights
 
 # Lengths at which decoding passes borders of pages, windows and chunks. Three requests run in a batch of four.
 LENS = {"cpu": (37, 5, 15), "cuda": (301, 5, 119)}
@@ -158,10 +155,13 @@ def _own(lab: Lab, prompts: list[list[int]]) -> tuple[list, list[list[int]], tor
 @pytest.mark.parametrize("place", places(EAGER, PADDED))
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_greedy_tokens_are_those_of_transformers(place: Place, page_size: int) -> None:
+    transformers = pytest.importorskip("transformers", reason="the GPU suite runs without it")
+    from tests.models.test_llama import copy_weights
+
     lab = Lab(place, page_size)
     config = lab.config
-    theirs = PeerLlama(
-        LlamaConfig(
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, head_dim=config.head_dim,
             num_key_value_heads=config.num_kv_heads, rms_norm_eps=config.rms_norm_eps,
