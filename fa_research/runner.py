@@ -68,7 +68,7 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
 
     def make_model(device: torch.device, dtype: torch.dtype) -> EngineModel:
         if config.workload.level is Level.attention:
-            tokens = max(needs.tokens_per_pass, *config.cuda_graph.batch_sizes)
+            tokens = max([needs.tokens_per_pass, *config.cuda_graph.batch_sizes])
             return AttentionStack(specs, max_tokens=tokens, dtype=dtype, device=device, seed=config.seed)
         return build_model(config.model, dtype=dtype, device=device, seed=config.seed)
 

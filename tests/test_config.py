@@ -156,7 +156,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     # values out of range
     (["kv.page_size=0"], ["kv.page_size=0", "from 1 to 256"]),
     (["kv.page_size=257"], ["kv.page_size=257", "from 1 to 256"]),
-    (["kv.num_pages=1"], ["kv.num_pages=1", "at least 2"]),
+    (["kv.num_pages=0"], ["kv.num_pages=0", "at least 1"]),
     (["kv.memory_fraction=0"], ["kv.memory_fraction=0", "above 0 and at most 1"]),
     (["kv.memory_fraction=1.1"], ["kv.memory_fraction=1.1", "above 0 and at most 1"]),
     (["kv.memory_fraction=nan"], ["kv.memory_fraction=nan"]),

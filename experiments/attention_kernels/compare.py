@@ -207,7 +207,7 @@ def run_cell(requests: int, length: int, new: int, page_size: int, head_dim: int
         samples = interleave({name: capture(run) for name, run in found}, cache.kv.num_layers)
     lens = [length] * requests
     work = attention_work(
-        Pass([], lens, [new] * requests, requests * new), [spec_of(head_dim)], DTYPE.itemsize
+        Pass([], lens, [new] * requests, requests * new, batch.mode), [spec_of(head_dim)], DTYPE.itemsize
     )
     config = {
         "requests": requests,
@@ -222,9 +222,12 @@ def run_cell(requests: int, length: int, new: int, page_size: int, head_dim: int
     for name, values in samples.items():
         us = median(values)
         metrics = {
-            "attention_us": us, "samples_us": [round(value, 2) for value in values],
-            "GB_per_s": work.bytes / us / 1e3, "TFLOP_per_s": work.flops / us / 1e6, "speed_against_fa3": reference / us,
-        }  # fmt: skip
+            "attention_us": us,
+            "samples_us": [round(value, 2) for value in values],
+            "GB_per_s": work.bytes / us / 1e3,
+            "TFLOP_per_s": work.flops / us / 1e6,
+            "speed_against_fa3": reference / us,
+        }
         writer.write(Row(Status.ok, config | {"variant": name}, metrics=metrics, environment=environment()))
         rate = metrics["TFLOP_per_s"] if new > 1 else metrics["GB_per_s"]
         line += f"| {name} {us:8.1f} us {rate:6.0f} {reference / us:5.2f} "

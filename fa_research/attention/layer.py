@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fa_research.attention.lowering import Lowering
 from fa_research.attention.merge import apply_sinks
-from fa_research.batch import ForwardBatch
+from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.kv_cache import TokenToKVPool
 
 
@@ -73,6 +73,11 @@ class PagedAttention:
         (float32 [X, D], cosines then sines)."""
         self.write(layer_id, q_THD, k_TKD, v_TKV, rope)
         return self.read(layer_id, q_THD, sinks_H)
+
+    @property
+    def mode(self) -> ForwardMode:
+        """That of the batch."""
+        return self._batch.mode
 
     def write(self, layer_id: int, q_THD: Tensor, k_TKD: Tensor, v_TKV: Tensor, rope: Tensor | None) -> None:
         """The KV write (and the rotation) alone."""

@@ -40,7 +40,8 @@ def _decode(metadata: FlashAttentionMetadata, chunk: int) -> FlashAttentionMetad
 def _extend(metadata: FlashAttentionMetadata, batch: ForwardBatch, chunk: int) -> FlashAttentionMetadata:
     pieces = list(_pieces(batch.seq_lens_cpu, batch.extend_seq_lens_cpu, chunk))
     device = metadata.page_table_BP.device
-    staging = torch.tensor(pieces, dtype=torch.int32, pin_memory=device.type == "cuda").T.contiguous()
+    columns = list(zip(*pieces, strict=True))
+    staging = torch.tensor(columns, dtype=torch.int32, pin_memory=device.type == "cuda")
     owner_X, start_X, len_X, queries_X = staging.to(device, non_blocking=True)
     cu_seqlens_q = torch.nn.functional.pad(queries_X.cumsum(0, dtype=torch.int32), (1, 0))
     max_len = max(piece[2] for piece in pieces)

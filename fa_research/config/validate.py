@@ -112,8 +112,8 @@ def _kv(kv: KVConfig) -> Iterator[str]:
             f"kv.num_pages={kv.num_pages} and kv.memory_fraction={kv.memory_fraction}: "
             "give one of the two, or neither for what the workload needs"
         )
-    if kv.num_pages is not None and kv.num_pages < 2:
-        yield f"kv.num_pages={kv.num_pages}: must be at least 2, page 0 is never handed out"
+    if kv.num_pages is not None and kv.num_pages < 1:
+        yield f"kv.num_pages={kv.num_pages}: must be at least 1 (the sink page comes on top)"
     if kv.memory_fraction is not None and not 0 < kv.memory_fraction <= 1:
         yield f"kv.memory_fraction={kv.memory_fraction}: must be above 0 and at most 1"
     yield from _at_least("kv.max_requests", kv.max_requests, 1)

@@ -17,6 +17,7 @@ from fa_research.measure.oracle import Oracle, check_attention, compare_logits, 
 from fa_research.measure.roofline import measure_roof
 from fa_research.measure.timing import Timer, Timing
 from fa_research.measure.work import attention_work
+from fa_research.models import LlamaForCausalLM
 from fa_research.workloads.base import Unit, Workload
 
 _ABOVE_ROOF = 1.05  # the roof itself is measured, so a little above it is noise
@@ -122,15 +123,12 @@ def _attention_parts(
 def _roof(engine: Engine, workload: Workload, unit: Unit, timing: Timing, result: Measurement) -> None:
     """The share of the roof that a model's unit reached: weights and cache read once, or its multiply-adds."""
     model = engine.runner.model
-    if not isinstance(model, nn.Module) or unit.name == "prefill":
+    if not isinstance(model, LlamaForCausalLM) or unit.name == "prefill":
         return
-    layers = model.layers
-    assert isinstance(layers, nn.ModuleList)
-    layer_elements = sum(p.numel() for p in layers.parameters())
-    work = attention_work(workload.current_pass(), engine.specs, engine.dtype.itemsize)
-    step_bytes = getattr(model, "step_weight_bytes", layer_elements * engine.dtype.itemsize)
-    flops = 2 * layer_elements * unit.tokens + work.flops
-    _fraction(engine, unit.name, int(step_bytes) + work.bytes, flops, timing.median_us, result)
+    done = workload.current_pass()
+    work = attention_work(done, engine.specs, engine.dtype.itemsize)
+    flops = 2 * model.multiply_adds(unit.tokens, len(done.rows)) + work.flops
+    _fraction(engine, unit.name, model.step_weight_bytes + work.bytes, flops, timing.median_us, result)
 
 
 def _fraction(

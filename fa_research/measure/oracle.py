@@ -144,7 +144,7 @@ def check_attention(engine: Engine, done: Pass, max_requests: int) -> Verdict:
                     attention(q, k, v, positions, spec, sinks_H=stack.sinks_H, compute_dtype=dtype)[0]
                     for dtype in (engine.dtype, torch.float64)
                 )
-                yield stack.outputs[done.num_tokens][layer_id][rows], baseline, reference
+                yield stack.outputs[done.mode, done.num_tokens][layer_id][rows], baseline, reference
 
     return judge(triples())
 

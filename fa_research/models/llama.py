@@ -170,6 +170,15 @@ class LlamaForCausalLM(nn.Module):
         """Bytes of all weights; a tied head counts once."""
         return sum(weight.nbytes for weight in self.parameters())
 
+    def multiply_adds(self, num_tokens: int, num_rows: int) -> int:
+        """Multiply-adds of the matrix products of a pass over `num_tokens` tokens of which `num_rows` get logits: what
+        follows the last layer's attention is computed for those alone."""
+        layer = self.layers[0]
+        assert isinstance(layer, LlamaLayer)
+        rest = layer.o.numel() + layer.gate_up.numel() + layer.down.numel()
+        every_layer = (layer.qkv.numel() + rest) * num_tokens * len(self.layers)
+        return every_layer - rest * (num_tokens - num_rows) + self.head.numel() * num_rows
+
     @property
     def step_weight_bytes(self) -> int:
         """Bytes of weights that one decode step reads: all but the embedding table, of which it reads a row a

@@ -21,6 +21,10 @@ def _status(error: BaseException) -> Status:
     # torch's class by name, so that telling it apart needs no torch
     if isinstance(error, KVCacheFull | MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return Status.oom
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(
+        error
+    ):  # torch's allocator on the CPU
+        return Status.oom
     return Status.error
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fa_research.batch import ForwardBatch
+from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.config import Config
 from fa_research.engine.engine import Engine, Needs
 from fa_research.kv_cache import CachedRequest
@@ -40,6 +40,7 @@ class Pass:
     seq_lens: list[int]
     extend_lens: list[int]
     num_tokens: int
+    mode: ForwardMode
 
     @property
     def first_query(self) -> list[int]:

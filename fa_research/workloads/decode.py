@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from fa_research.batch import ForwardBatch
+from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.engine.engine import Engine, Needs
 from fa_research.workloads.base import (
     Case,
@@ -79,7 +79,7 @@ class Decode(Workload):
         self.decoder.flush()
         size = len(self.requests)
         rows, lens = [r.row for r in self.requests], [r.seq_len for r in self.requests]
-        return Pass(rows, lens, [1] * size, self.decoder.padded_size)
+        return Pass(rows, lens, [1] * size, self.decoder.padded_size, ForwardMode.DECODE)
 
     def batch(self) -> ForwardBatch:
         lens = self.current_pass().seq_lens

@@ -61,7 +61,7 @@ class _RaggedPass(Workload):
     def current_pass(self) -> Pass:
         extend_lens = [new for _, new in self._lens()]
         rows, lens = [r.row for r in self.requests], [r.seq_len for r in self.requests]
-        return Pass(rows, lens, extend_lens, self._batch.num_tokens)
+        return Pass(rows, lens, extend_lens, self._batch.num_tokens, self._batch.mode)
 
     def batch(self) -> ForwardBatch:
         return self._batch

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fa_research.batch import ForwardBatch
+from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.engine.engine import Engine, Needs
 from fa_research.errors import ConfigError
 from fa_research.kv_cache import CachedRequest
@@ -109,7 +109,7 @@ class Text(Workload):
         self.decoder.flush()
         size = len(self.requests)
         rows, lens = [r.row for r in self.requests], [r.seq_len for r in self.requests]
-        return Pass(rows, lens, [1] * size, self.decoder.padded_size)
+        return Pass(rows, lens, [1] * size, self.decoder.padded_size, ForwardMode.DECODE)
 
     def batch(self) -> ForwardBatch:
         return self.decoder.state.batch(len(self.requests), max(self.current_pass().seq_lens))

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from fa_research.attention.layer import PagedAttention
+from fa_research.batch import ForwardMode
 from fa_research.config import (
     BackendConfig,
     Config,
@@ -235,19 +237,26 @@ def test_attention_stack_attends_with_its_own_data() -> None:
     stack, specs = stack_of(sink=True)
     calls = []
 
-    def attend(layer_id: int, q, k, v, *, rope, sinks_H):  # type: ignore[no-untyped-def]
-        calls.append((layer_id, q.shape, k.shape, v.shape, rope, sinks_H is stack.sinks_H))
-        return q + layer_id
+    class Recorder(PagedAttention):
+        mode = ForwardMode.DECODE
 
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, layer_id: int, q, k, v, *, rope, sinks_H):  # type: ignore[no-untyped-def, override]
+            calls.append((layer_id, q.shape, k.shape, v.shape, rope, sinks_H is stack.sinks_H))
+            return q + layer_id
+
+    attend = Recorder()
     hidden = stack(torch.zeros(4, dtype=torch.int64), attend)
     shapes = (torch.Size([4, 2, 64]), torch.Size([4, 1, 64]), torch.Size([4, 1, 64]))
     assert calls == [(0, *shapes, None, True), (1, *shapes, None, True)]
     assert torch.equal(hidden, (stack.q_THD[:4] + 1).flatten(1))
     assert stack.compute_logits(hidden) is None
     stack(torch.zeros(2, dtype=torch.int64), attend)
-    assert {n: [t.shape[0] for t in outputs] for n, outputs in stack.outputs.items()} == {
-        4: [4, 4],
-        2: [2, 2],
+    assert {key: [t.shape[0] for t in outputs] for key, outputs in stack.outputs.items()} == {
+        (ForwardMode.DECODE, 4): [4, 4],
+        (ForwardMode.DECODE, 2): [2, 2],
     }
     again, _ = stack_of()
     assert torch.equal(again.q_THD, stack.q_THD) and again.sinks_H is None

@@ -20,6 +20,7 @@ from fa_research import backends
 from fa_research.attention.reference import attention
 from fa_research.backends import AttentionBackend, BackendSettings
 from fa_research.backends.fa3 import FA3Backend
+from fa_research.batch import ForwardMode
 from fa_research.config import GraphMode
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.decode import DecodeRunner
@@ -94,7 +95,7 @@ class StackLab:
         decoder.flush()
         stack = decoder.runner.model
         assert isinstance(stack, AttentionStack)
-        return stack.outputs[decoder.padded_size][0][: len(lens)].clone()
+        return stack.outputs[ForwardMode.DECODE, decoder.padded_size][0][: len(lens)].clone()
 
     def check(self, outs: Tensor, lens: Iterable[int]) -> None:
         """The outputs of a step against float64 over the cache."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from fa_research.batch import ForwardMode
 from fa_research.masks import Causal, Chunked, Full, Mask, SlidingWindow
 from fa_research.measure.work import attention_work
 from fa_research.spec import AttentionSpec
@@ -48,7 +49,9 @@ def counted(mask: Mask, seq_len: int, extend_len: int) -> tuple[int, int]:
 @pytest.mark.parametrize(("seq_len", "extend_len"), LENS)
 def test_one_request_by_counting(mask: Mask, seq_len: int, extend_len: int) -> None:
     spec = AttentionSpec(6, 2, 64, 32, 1.0, mask=mask)
-    work = attention_work(Pass([1], [seq_len], [extend_len], extend_len), [spec], itemsize=2)
+    work = attention_work(
+        Pass([1], [seq_len], [extend_len], extend_len, ForwardMode.EXTEND), [spec], itemsize=2
+    )
     keys, pairs = counted(mask, seq_len, extend_len)
     assert work.flops == 2 * pairs * 6 * (64 + 32)
     kv_elements = keys * 2 * (64 + 32)
@@ -58,9 +61,9 @@ def test_one_request_by_counting(mask: Mask, seq_len: int, extend_len: int) -> N
 
 def test_requests_and_layers_add_up() -> None:
     specs = [AttentionSpec(4, 2, 64, 64, 1.0, mask=mask) for mask in (Causal(), SlidingWindow(5))]
-    whole = attention_work(Pass([1, 2], [9, 30], [3, 30], 40), specs, 4)
+    whole = attention_work(Pass([1, 2], [9, 30], [3, 30], 40, ForwardMode.MIXED), specs, 4)
     parts = [
-        attention_work(Pass([1], [seq_len], [new], new), [spec], 4)
+        attention_work(Pass([1], [seq_len], [new], new, ForwardMode.EXTEND), [spec], 4)
         for spec in specs
         for seq_len, new in ((9, 3), (30, 30))
     ]
@@ -71,7 +74,7 @@ def test_requests_and_layers_add_up() -> None:
 def test_llama_8b_by_hand() -> None:
     """One decode step of 64 requests at 4k: 32 layers x 64 x 4096 tokens x 8 heads x 256 elements x 2 bytes."""
     specs = [AttentionSpec(32, 8, 128, 128, 1.0)] * 32
-    work = attention_work(Pass([1] * 64, [4096] * 64, [1] * 64, 64), specs, 2)
+    work = attention_work(Pass([1] * 64, [4096] * 64, [1] * 64, 64, ForwardMode.DECODE), specs, 2)
     cache = 32 * 64 * 4096 * 8 * 256 * 2
     assert cache < work.bytes < 1.001 * cache
     assert work.flops == 4 * 32 * 64 * 4096 * 32 * 128

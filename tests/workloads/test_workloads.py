@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fa_research import workloads
+from fa_research.batch import ForwardMode
 from fa_research.config import DecodeWorkload, KVConfig, Level, MaskConfig, MeasureConfig
 from fa_research.errors import ConfigError, KVCacheFull, Refusal
 from fa_research.measure.cell import check
@@ -95,7 +96,8 @@ def test_the_pass_and_the_batch_say_what_ran(name: str, level: Level) -> None:
     assert batch.out_cache_loc_T.tolist() == engine.runner.req_to_token_RW[rows, positions].tolist()
     if level is Level.attention:
         assert (
-            engine.stack is not None and engine.stack.outputs[done.num_tokens][0].shape[0] == done.num_tokens
+            engine.stack is not None
+            and engine.stack.outputs[done.mode, done.num_tokens][0].shape[0] == done.num_tokens
         )
 
 
@@ -218,4 +220,4 @@ def test_pick() -> None:
 
 
 def test_first_query() -> None:
-    assert Pass([1, 2, 3], [9, 9, 9], [4, 1, 2], 7).first_query == [0, 4, 5]
+    assert Pass([1, 2, 3], [9, 9, 9], [4, 1, 2], 7, ForwardMode.MIXED).first_query == [0, 4, 5]
