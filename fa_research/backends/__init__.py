@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
 from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.discovery import discover
 from fa_research.errors import BackendUnavailable, ConfigError, Unsupported
 from fa_research.spec import AttentionSpec
 
@@ -17,16 +16,7 @@ __all__ = ["AttentionBackend", "BackendSettings", "choose", "create", "names", "
 
 @cache
 def _registry() -> dict[str, type[AttentionBackend]]:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    found: dict[str, type[AttentionBackend]] = {}
-    pending = list(AttentionBackend.__subclasses__())
-    while pending:
-        cls = pending.pop()
-        pending += cls.__subclasses__()
-        if "name" in vars(cls) and cls.__module__.startswith(__name__):
-            found[cls.name] = cls
-    return found
+    return discover(__name__, AttentionBackend)  # type: ignore[type-abstract]
 
 
 def names() -> tuple[str, ...]:

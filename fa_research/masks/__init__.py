@@ -5,10 +5,9 @@ A new mask is one new file in this folder that defines one frozen dataclass deri
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from functools import cache
 
+from fa_research.discovery import discover
 from fa_research.masks.base import Band, Mask
 from fa_research.masks.causal import Causal
 from fa_research.masks.chunked import Chunked
@@ -20,10 +19,7 @@ __all__ = ["Band", "Causal", "Chunked", "Full", "Mask", "SlidingWindow", "build"
 
 @cache
 def _registry() -> dict[str, type[Mask]]:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    here = f"{__name__}."  # a mask that a test or a notebook defines is no choice of the configuration
-    return {cls.name: cls for cls in Mask.__subclasses__() if cls.__module__.startswith(here)}
+    return discover(__name__, Mask)  # type: ignore[type-abstract]
 
 
 def names() -> tuple[str, ...]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from functools import cache
 
 from fa_research.config import Config
+from fa_research.discovery import discover
 from fa_research.errors import ConfigError
 from fa_research.workloads.base import Workload
 
@@ -15,16 +14,7 @@ __all__ = ["Workload", "create", "names"]
 
 @cache
 def _registry() -> dict[str, type[Workload]]:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    found: dict[str, type[Workload]] = {}
-    pending = list(Workload.__subclasses__())
-    while pending:
-        cls = pending.pop()
-        pending += cls.__subclasses__()
-        if "name" in vars(cls):
-            found[cls.name] = cls
-    return found
+    return discover(__name__, Workload)  # type: ignore[type-abstract]
 
 
 def names() -> tuple[str, ...]:
