@@ -98,7 +98,9 @@ def run_one(cfg: DictConfig) -> Row:
             raise
         if _is_plain(row, error):
             if not multirun:
-                _exit_with(str(error), USER_ERROR if isinstance(error, FaResearchError) else FAILED)
+                if isinstance(error, FaResearchError):
+                    _exit_with(str(error))
+                _exit_with("; ".join(row.reasons), FAILED)
         else:
             log.exception("the run failed")
     if not multirun and (code := exit_code([row])):

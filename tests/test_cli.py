@@ -155,6 +155,14 @@ def test_a_backend_that_cannot_run_here_is_one_line_that_names_those_that_can(tm
     assert row.reasons
 
 
+def test_a_run_without_memory_is_one_line_with_its_reason(tmp_path: Path) -> None:
+    done = run_py(*SMALL, "kv.num_pages=99999999999999999", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: out of memory: ")
+    assert "kv.num_pages" in line
+
+
 def test_hydra_full_error_shows_the_traceback(tmp_path: Path) -> None:
     done = run_py(*SMALL, "kv.page_size=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert done.returncode == 1

@@ -9,6 +9,10 @@ from typing import Any
 from fa_research.errors import FaResearchError, KVCacheFull, Refusal
 from fa_research.tracking.records import Row, Status
 
+_LESS_MEMORY = (
+    "lower the workload's batch size or lengths, kv.num_pages, kv.memory_fraction or the model's sizes"
+)
+
 
 def failed_row(error: BaseException, config: dict[str, Any] | None = None, config_hash: str = "") -> Row:
     """The row of a cell that raised: unsupported where a backend refused, oom where memory ran out, else error."""
@@ -36,4 +40,5 @@ def _reasons(error: BaseException) -> list[str]:
         return [text]
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return [f"{type(error).__name__}: {text}{place}"]
+    said = ": ".join(filter(None, (type(error).__name__, text))) + place
+    return [f"out of memory: {said}; {_LESS_MEMORY}" if _status(error) is Status.oom else said]

@@ -19,8 +19,6 @@ from fa_research.tracking import Status, failed_row
         ),
         (Unsupported("fa2", ["head dim 512"]), Status.unsupported, ["head dim 512"]),
         (ConfigError("kv.page_size=0"), Status.error, ["kv.page_size=0"]),
-        (torch.OutOfMemoryError("tried to\nallocate"), Status.oom, ["OutOfMemoryError: tried to allocate"]),
-        (MemoryError(), Status.oom, ["MemoryError: "]),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -28,6 +26,24 @@ def test_status_and_reasons(error: Exception, status: Status, reasons: list[str]
     row = failed_row(error, {"seed": 0}, "0a1b2c3d")
     assert (row.status, row.reasons) == (status, reasons)
     assert (row.config, row.config_hash) == ({"seed": 0}, "0a1b2c3d")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("tried to\nallocate"),
+            "out of memory: OutOfMemoryError: tried to allocate; ",
+        ),
+        (MemoryError(), "out of memory: MemoryError; "),  # Python's own says nothing
+    ],
+)
+def test_out_of_memory_names_what_would_take_less(error: Exception, said: str) -> None:
+    row = failed_row(error)
+    assert row.status is Status.oom
+    (reason,) = row.reasons
+    assert reason.startswith(said)
+    assert "kv.num_pages" in reason
 
 
 def test_a_full_cache_is_out_of_memory_and_says_how_full() -> None:
