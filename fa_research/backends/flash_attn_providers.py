@@ -58,6 +58,10 @@ class Provider:
     def _load(self) -> Any:
         return importlib.import_module(self.module)
 
+    def split_reasons(self, num_splits: int, deterministic: bool) -> tuple[str, ...]:
+        """Why `backend.num_splits` or `backend.deterministic` cannot be had from this package; empty if they can."""
+        return ()
+
     def schedule(self, metadata: FlashAttentionMetadata, **shape: Any) -> Tensor | None:
         """FA3's tile scheduler metadata for this pass, or None where the package takes none."""
         return None
@@ -139,6 +143,17 @@ class FlashAttn(Provider):
     module = "flash_attn"
     versions = frozenset({2})
 
+    def split_reasons(self, num_splits: int, deterministic: bool) -> tuple[str, ...]:
+        reasons = []
+        if num_splits > 0:
+            reasons.append(f"backend.num_splits={num_splits}: {self.module} chooses the splits itself; use 0")
+        if deterministic:
+            reasons.append(
+                f"backend.deterministic=true: {self.module} splits keys by the whole batch; "
+                "backend.provider=vllm.vllm_flash_attn does not have to"
+            )
+        return tuple(reasons)
+
     def call(self, q_THD, k_PSKD, v_PSKV, metadata, args, schedule, sinks_H):  # type: ignore[no-untyped-def]
         result = self._module.flash_attn_varlen_func(
             q_THD,
@@ -171,6 +186,11 @@ class VLLM(Provider):
         if not getattr(module, f"FA{self.version}_AVAILABLE"):
             raise ImportError(getattr(module, f"FA{self.version}_UNAVAILABLE_REASON"))
         return module
+
+    def split_reasons(self, num_splits: int, deterministic: bool) -> tuple[str, ...]:
+        if self.version == 2 and num_splits > 1:
+            return (f"backend.num_splits={num_splits}: FA2 of {self.module} takes 0 (its own choice) or 1",)
+        return ()
 
     def schedule(self, metadata: FlashAttentionMetadata, **shape: Any) -> Tensor | None:
         if self.version != 3:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
 
+from fa_research.backends import BackendSettings, flash_attn
 from fa_research.backends import flash_attn_providers as providers
+from fa_research.backends.fa2 import FA2Backend
+from fa_research.backends.fa3 import FA3Backend
+from fa_research.backends.flash_attn import FlashAttnBackend
 from fa_research.backends.flash_attn_providers import PROVIDERS, resolve
+from tests.helpers import make_spec
 
 MODULES = {version: [p.module for p in PROVIDERS if version in p.versions] for version in (2, 3)}
 
@@ -52,6 +58,34 @@ def test_a_pinned_package_that_is_not_installed_is_the_only_reason(version: int,
 def test_a_generation_that_a_package_does_not_have() -> None:
     assert providers.FlashAttn.missing(3) == "flash_attn has no FA3"
     assert providers.SGLKernel.missing(2) == "sgl_kernel.flash_attn has no FA2"
+
+
+@pytest.mark.parametrize(
+    ("cls", "provider", "asked", "refused"),
+    [
+        (FA2Backend, providers.VLLM, {"num_splits": 4}, ["backend.num_splits=4"]),
+        (FA2Backend, providers.VLLM, {"num_splits": 1}, []),
+        (FA2Backend, providers.VLLM, {"deterministic": True}, []),
+        (FA2Backend, providers.FlashAttn, {"num_splits": 1}, ["backend.num_splits=1"]),
+        (FA2Backend, providers.FlashAttn, {"deterministic": True}, ["backend.deterministic=true"]),
+        (FA2Backend, providers.FlashAttn, {}, []),
+        (FA3Backend, providers.VLLM, {"num_splits": 4}, []),
+        (FA3Backend, providers.VLLM, {"num_splits": 4, "deterministic": True}, ["backend.num_splits=4"]),
+    ],
+)
+def test_splits_that_the_kernels_would_not_take_or_not_heed_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    cls: type[FlashAttnBackend],
+    provider: type[providers.Provider],
+    asked: dict[str, Any],
+    refused: list[str],
+) -> None:
+    """vLLM's FA2 raises above one split; flash-attn's takes no number of splits at all, and would ignore it."""
+    monkeypatch.setattr(flash_attn, "resolve", lambda version, pinned: (provider, ()))
+    monkeypatch.setattr(provider, "_load", lambda self: None)
+    settings = BackendSettings(torch.device("cuda"), torch.bfloat16, 256, 4096, **asked)
+    (lowering,) = cls(settings, [make_spec()]).lowerings
+    assert [reason.partition(":")[0] for reason in lowering.reasons] == refused
 
 
 @pytest.mark.gpu
