@@ -98,9 +98,20 @@ def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_m
         _print_one(rows[0])
     else:
         CONSOLE.print(_fitting_table(rows, list(metrics or _main_metrics(rows)[:max_metrics])))
+        said: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             for line in [*row.reasons, *row.notes]:
-                CONSOLE.print(Text(f"#{number} {row.status}: {line}"))
+                said.setdefault(f"{row.status}: {line}", []).append(number)
+        for line, numbers in said.items():
+            CONSOLE.print(Text(f"{_spans(numbers)} {line}"))
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Rising numbers in short: #0-2 #5."""
+    starts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
+    ends = [*(i - 1 for i in starts[1:]), len(numbers) - 1]
+    pairs = [(numbers[a], numbers[b]) for a, b in zip(starts, ends, strict=True)]
+    return " ".join(f"#{first}" if first == last else f"#{first}-{last}" for first, last in pairs)
 
 
 def _print_one(row: Row) -> None:

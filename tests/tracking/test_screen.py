@@ -103,6 +103,13 @@ def test_text_with_brackets_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]
     assert "sizes [bold]1, 2[/]" in capsys.readouterr().out
 
 
+def test_what_several_rows_say_alike_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["no GPU", "no GPU", "torn", "no GPU", "no GPU", "no GPU"]
+    print_table([Row(Status.unsupported, config={"a": i}, reasons=[text]) for i, text in enumerate(said)])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines == ["#0-1 #3-5 unsupported: no GPU", "#2 unsupported: torn"]
+
+
 def test_no_rows_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     print_table([])
     assert "no rows" in capsys.readouterr().out
