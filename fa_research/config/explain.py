@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,9 @@ def explain(error: BaseException) -> str:
             return _unknown_choice(cause)
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return _explain_omegaconf(cause)
+        if several := re.match(r"Ambiguous value for argument '(.*)'", str(cause)):
+            key, _, values = several[1].partition("=")
+            return f"{several[1]}: several values need a sweep, --multirun; a list is {key}=[{values}]"
     if any(isinstance(cause, ValueError) and "group override must be" in str(cause) for cause in chain):
         return (
             f"{error}: a group takes the name of one of its choices, as in backend=triton; --help lists them"
@@ -39,13 +43,13 @@ def unknown_key(full_key: str, schema: type | None) -> str:
     """Says that `full_key` does not exist and which keys do; `schema` is the dataclass it was looked up in."""
     parent, _, key = full_key.rpartition(".")
     if schema is None or not dataclasses.is_dataclass(schema):
-        return f"unknown key {full_key}"
+        return f"unknown key {full_key}; a plus in front adds it: +{full_key}=..."
     names = [field.name for field in dataclasses.fields(schema)]
     qualified = [f"{parent}.{name}" if parent else name for name in names]
     text = f"unknown key {full_key}{_did_you_mean(key, names, prefix=parent)}"
     elsewhere = [name for name, cls in WORKLOADS.items() if key in {f.name for f in dataclasses.fields(cls)}]
     if issubclass(schema, WorkloadConfig) and elsewhere:
-        text += f"; workload={' and workload='.join(elsewhere)} have it"
+        text += f"; it belongs to workload={' and workload='.join(elsewhere)}"
     return f"{text}; keys here: {', '.join(qualified)}"
 
 
