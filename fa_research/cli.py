@@ -22,7 +22,7 @@ from fa_research.config.explain import explain
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import FaResearchError
-from fa_research.sweep import gather, record_failure
+from fa_research.sweep import count_rows, gather, record_failure
 
 if TYPE_CHECKING:
     from fa_research.tracking import Row
@@ -42,11 +42,13 @@ fa_research: change one part of an attention serving engine, check it against an
 
 Groups, as in group=choice; a group's keys are set as in kv.page_size=64:
 {groups}
+At the root: study (the folder in outputs/), seed, device (auto, cpu, cuda).
 
-  --cfg job                         show the composed config, with what else is on the command line
-  -m, --multirun                    sweep over comma-separated values
-  --shell-completion install=bash   complete groups, choices and keys
-  --hydra-help                      what Hydra offers beyond this
+  --cfg job        show the composed config, with what else is on the command line
+  -m, --multirun   sweep over comma-separated values
+  --hydra-help     what Hydra offers beyond this
+
+  eval "$(python run.py -sc install=bash)"   complete groups, choices and keys in this shell
 
 Results are in outputs/<study>/. Without an account W&B runs offline; without a GPU everything runs on the CPU.
 """
@@ -85,6 +87,7 @@ def run_one(cfg: DictConfig) -> Row:
     """
     hydra = HydraConfig.get()
     output_dir, multirun = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
+    rows_before = count_rows(output_dir)
     try:
         config = load_config(cfg)
         resolved = to_plain(cfg)
@@ -93,7 +96,7 @@ def run_one(cfg: DictConfig) -> Row:
 
         row = run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun)
     except Exception as error:
-        row = record_failure(output_dir, error, cfg)
+        row = record_failure(output_dir, error, cfg, rows_before=rows_before)
         if not multirun and _wants_traceback:
             raise
         if _is_plain(row, error):

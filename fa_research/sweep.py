@@ -63,7 +63,7 @@ class RowPerCellLauncher(Launcher):
         folder = self.sweep_dir / str(job)
         folder.mkdir(parents=True, exist_ok=True)
         log.warning("\t#%d : %s: %s", job, " ".join(overrides), error)
-        record_failure(folder, error, self._as_asked(overrides))
+        record_failure(folder, error, self._as_asked(overrides), rows_before=count_rows(folder))
 
     def _as_asked(self, overrides: Sequence[str]) -> dict[str, Any]:
         """The config of a cell that cannot be composed: what can be, with the rest set as it was typed."""
@@ -115,11 +115,19 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
             first = None
 
 
-def record_failure(output_dir: Path, error: Exception, cfg: DictConfig | dict[str, Any]) -> Row:
-    """The row of a cell that raised, written to `output_dir` unless a row is there already."""
+def count_rows(output_dir: Path) -> int:
+    """Rows in this folder: of earlier attempts at the cell, or of another cell that had the folder before."""
+    return len(_rows_of(output_dir))
+
+
+def record_failure(
+    output_dir: Path, error: Exception, cfg: DictConfig | dict[str, Any], *, rows_before: int
+) -> Row:
+    """The row of a cell that raised, written to `output_dir` unless the cell has written its own: one more than the
+    `rows_before` that were there when it began."""
     from fa_research.tracking import ROWS_FILE, RowWriter, environment, failed_row
 
-    if written := _rows_of(output_dir):
+    if len(written := _rows_of(output_dir)) > rows_before:
         return written[-1]
     row = failed_row(error)
     row.environment = environment()

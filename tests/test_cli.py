@@ -235,6 +235,16 @@ def test_another_config_in_the_same_sweep_folder_is_run(tmp_path: Path) -> None:
     assert [row.config["seed"] for row in read_rows(tmp_path / "sweep" / ROWS_FILE)] == [1]
 
 
+def test_a_cell_that_fails_where_another_left_a_row_has_one_of_its_own(tmp_path: Path) -> None:
+    """Else the sweep would show the time of the cell that ran, or why an earlier one failed."""
+    args = ["-m", *SMALL, "hydra.sweep.dir=sweep"]
+    assert run_py(*args, cwd=tmp_path).returncode == 0
+    for refused in ("kv.num_pages=1", "kv.num_pages=2"):
+        run_py(*args, refused, cwd=tmp_path)
+        (row,) = read_rows(tmp_path / "sweep" / ROWS_FILE)
+        assert row.status is Status.error and refused in row.reasons[0], row
+
+
 def test_an_experiment_that_sweeps_needs_no_flag(tmp_path: Path) -> None:
     overrides = ["experiment=first_ablation", "backend=torch", "workload.context_len=32", "workload.steps=2"]
     done = run_py(*overrides, "workload.batch_size=2", "tracking=disabled", cwd=tmp_path)
