@@ -135,11 +135,17 @@ def check_attention(engine: Engine, done: Pass, max_requests: int) -> Verdict:
     def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for i in pick(len(done.rows), max_requests):
             seq_len, extend_len = done.seq_lens[i], done.extend_lens[i]
-            slots_N = engine.runner.req_to_token_RW[done.rows[i], :seq_len].long()
+            prefix_len, first = seq_len - extend_len, done.first_query[i]
+            slots_N = engine.runner.req_to_token_RW[done.rows[i], :prefix_len].long()
+            own = slice(
+                first, first + extend_len
+            )  # not from the cache: what was not written there would not show
             rows = torch.tensor(pick(extend_len, _MAX_QUERIES), device=engine.device)
-            positions, rows = rows + seq_len - extend_len, rows + done.first_query[i]
+            positions, rows = rows + prefix_len, rows + first
             for layer_id, spec in enumerate(engine.specs):
-                q, k, v = stack.q_THD[rows], kv.k(layer_id)[slots_N], kv.v(layer_id)[slots_N]
+                q = stack.q_THD[rows]
+                k = torch.cat([kv.k(layer_id)[slots_N], stack.k_TKD[own]])
+                v = torch.cat([kv.v(layer_id)[slots_N], stack.v_TKV[own]])
                 baseline, reference = (
                     attention(q, k, v, positions, spec, sinks_H=stack.sinks_H, compute_dtype=dtype)[0]
                     for dtype in (engine.dtype, torch.float64)

@@ -10,6 +10,7 @@ from fa_research.attention.reference import attention
 from fa_research.backends.torch_backend import TorchBackend
 from fa_research.config import Dtype, Level, MaskConfig
 from fa_research.engine.engine import Engine
+from fa_research.kv_cache import TokenToKVPool
 from fa_research.masks import Causal, Chunked, SlidingWindow
 from fa_research.measure.cell import check
 from fa_research.measure.oracle import (
@@ -110,6 +111,19 @@ def test_low_precision_is_no_mistake_but_a_mistake_is_one_in_low_precision(
 ) -> None:
     assert checked(monkeypatch, Right, CAUSAL, "decode", level, dtype=dtype)[0]
     assert not checked(monkeypatch, DropsLastKey, CAUSAL, "decode", level, dtype=dtype)[0]
+
+
+@pytest.mark.parametrize("name", ["decode", "extend", "mixed"])
+@EACH_LEVEL
+def test_keys_that_were_not_written_are_caught(
+    monkeypatch: pytest.MonkeyPatch, name: str, level: Level
+) -> None:
+    def nothing(pool: TokenToKVPool, layer_id: int, *written: object) -> None:
+        """Attention sees whatever was there: finite numbers, as if another token had the slot."""
+
+    monkeypatch.setattr(TokenToKVPool, "write", nothing)
+    monkeypatch.setattr(TokenToKVPool, "rope_and_write", nothing)
+    assert not checked(monkeypatch, Right, CAUSAL, name, level)[0]
 
 
 def test_the_reprefill_disagrees_with_a_decode_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
