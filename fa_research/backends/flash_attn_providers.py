@@ -161,7 +161,10 @@ class FlashAttn(Provider):
             v_PSKV,
             metadata.cu_seqlens_q_B1,
             metadata.cu_seqlens_k_B1,
-            metadata.max_seq_len_q,
+            # At 1 it packs the query heads of a KV head as queries, and where it then takes one split its kernel writes
+            # their LSE in the order [K, B, H / K], which is returned as [K, H / K, B] (vLLM's copy transposes it).
+            # 2 is a bound as well and keeps it from packing: slower, so only where the LSE is wanted.
+            max(metadata.max_seq_len_q, 2) if args.return_lse else metadata.max_seq_len_q,
             metadata.max_seq_len_k,
             softmax_scale=args.scale,
             causal=args.causal,

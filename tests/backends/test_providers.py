@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fa_research.backends.fa2 import FA2Backend
 from fa_research.backends.fa3 import FA3Backend
 from fa_research.backends.flash_attn import FlashAttnBackend
 from fa_research.backends.flash_attn_providers import PROVIDERS, resolve
+from fa_research.metadata import FlashAttentionMetadata
 from tests.helpers import make_spec
 
 MODULES = {version: [p.module for p in PROVIDERS if version in p.versions] for version in (2, 3)}
@@ -86,6 +88,30 @@ def test_splits_that_the_kernels_would_not_take_or_not_heed_are_refused(
     settings = BackendSettings(torch.device("cuda"), torch.bfloat16, 256, 4096, **asked)
     (lowering,) = cls(settings, [make_spec()]).lowerings
     assert [reason.partition(":")[0] for reason in lowering.reasons] == refused
+
+
+@pytest.mark.parametrize(
+    ("provider", "version"), [(providers.FlashAttn, 2), (providers.VLLM, 2), (providers.VLLM, 3)]
+)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_flash_attn_packs_no_heads_where_the_lse_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, provider: type[providers.Provider], version: int, return_lse: bool
+) -> None:
+    """Its kernels leave the LSE of packed heads in another order than it is returned in; see the provider."""
+    told: list[int] = []
+
+    def flash_attn_varlen_func(q: torch.Tensor, *given: Any, **named: Any) -> object:
+        told.append(named["max_seqlen_q"] if "max_seqlen_q" in named else given[4])
+        return (q, torch.zeros(2, 3)) if return_lse else q
+
+    module = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setattr(provider, "_load", lambda self: module)
+    metadata = FlashAttentionMetadata.allocate(3, 32, 16, "cpu")  # a decode step: one query each
+    arguments = providers.KernelArguments(1.0, True, (-1, -1), 0, 0.0, 0, return_lse)
+    q, kv = torch.zeros(3, 2, 64), torch.zeros(7, 16, 1, 64)
+    _, lse = provider(version).call(q, kv, kv, metadata, arguments, None, None)
+    assert told == [2 if return_lse and provider is providers.FlashAttn else 1]
+    assert (lse is not None and lse.shape == (3, 2)) == return_lse
 
 
 @pytest.mark.gpu
