@@ -7,7 +7,6 @@ Legend: T query tokens, B requests, B1 = B + 1, P pages, S slots in a page, H qu
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
