@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -54,6 +55,7 @@ Results are in outputs/<study>/. Without an account W&B runs offline; without a 
 """
 
 _wants_traceback = False
+_sweep_dir: str | None = None  # of the sweep that is under way
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -76,8 +78,17 @@ def launch(main: Callable[[], Any]) -> None:
             raise
         _exit_with(str(error) if isinstance(error, FaResearchError) else explain(error))
     except KeyboardInterrupt:
-        print("interrupted; the rows made so far are on disk", file=sys.stderr)
+        again = f"hydra.sweep.dir={_sweep_dir}"
+        how = (
+            f"; the same command with {shlex.quote(again)} goes on from the rows made so far"
+            if _sweep_dir
+            else ""
+        )
+        print(f"interrupted{how}", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # as in `python run.py --cfg job | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its exit
+        raise SystemExit(FAILED) from None
 
 
 def run_one(cfg: DictConfig) -> Row:
@@ -138,7 +149,9 @@ class RunCallback(Callback):
         _check_folder(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        global _sweep_dir
         _check_folder(config, "hydra.sweep.dir")
+        _sweep_dir = config.hydra.sweep.dir
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from fa_research.tracking import CONSOLE, print_table

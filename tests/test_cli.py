@@ -204,6 +204,12 @@ def test_a_sweep_in_which_nothing_can_be_composed_is_one_line(tmp_path: Path) ->
     assert "did you mean kv.page_size?" in line
 
 
+def _wait_for_row(path: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not (path.exists() and path.read_bytes().endswith(b"\n")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_a_killed_sweep_keeps_its_rows_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     args = ["-m", *SMALL, "seed=0,1,2", "hydra.sweep.dir=sweep"]
     child = subprocess.Popen(
@@ -213,9 +219,7 @@ def test_a_killed_sweep_keeps_its_rows_and_goes_on_where_it_stopped(tmp_path: Pa
         stderr=subprocess.DEVNULL,
     )
     first = tmp_path / "sweep" / "0" / ROWS_FILE
-    deadline = time.monotonic() + 100
-    while not (first.exists() and first.read_bytes().endswith(b"\n")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    _wait_for_row(first)
     child.send_signal(signal.SIGKILL)
     child.wait()
     (kept,) = read_rows(first)
@@ -225,6 +229,32 @@ def test_a_killed_sweep_keeps_its_rows_and_goes_on_where_it_stopped(tmp_path: Pa
     assert rows[0] == kept, "the finished cell was not run again"
     assert "#0 has its row already" in done.stdout
     assert [row.config["seed"] for row in rows] == [0, 1, 2]
+
+
+def test_an_interrupted_sweep_says_how_it_goes_on(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "-m", *SMALL, "seed=range(40)", "hydra.sweep.dir=my sweep"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    _wait_for_row(tmp_path / "my sweep" / "0" / ROWS_FILE)
+    child.send_signal(signal.SIGINT)
+    (line,) = child.communicate()[1].splitlines()
+    assert child.returncode == 130
+    assert "interrupted" in line
+    assert "'hydra.sweep.dir=my sweep'" in line, "as a shell takes it"
+
+
+def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "run.py", "--cfg", "job"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.communicate()[1] == b""
 
 
 def test_another_config_in_the_same_sweep_folder_is_run(tmp_path: Path) -> None:
