@@ -36,9 +36,9 @@ class Measurement:
 def check(engine: Engine, workload: Workload) -> tuple[bool, dict[str, Any]]:
     """Whether the workload's own result agrees with the oracle, and the errors as columns."""
     max_requests = engine.config.measure.check_requests
-    done, cases = workload.checked_pass()
+    passes, cases = workload.checked_passes()
     if engine.stack is not None:
-        verdict = check_attention(engine, done, max_requests)
+        verdict = check_attention(engine, passes, max_requests)
         return verdict.passed, verdict.checks("attention")
     oracle = Oracle(engine, cases)
     verdict = oracle.judge([case.logits_MX for case in cases])

@@ -127,12 +127,13 @@ class Oracle:
 
 
 @torch.no_grad()
-def check_attention(engine: Engine, done: Pass, max_requests: int) -> Verdict:
-    """Every layer's attention output of the last pass against float64, for some requests and rows."""
+def check_attention(engine: Engine, passes: Sequence[Pass], max_requests: int) -> Verdict:
+    """Every layer's attention output of these passes (each the last of its mode and size) against float64, for some
+    requests and rows."""
     stack, kv = engine.stack, engine.cache.kv
     assert stack is not None
 
-    def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def triples(done: Pass) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for i in pick(len(done.rows), max_requests):
             seq_len, extend_len = done.seq_lens[i], done.extend_lens[i]
             prefix_len, first = seq_len - extend_len, done.first_query[i]
@@ -152,7 +153,7 @@ def check_attention(engine: Engine, done: Pass, max_requests: int) -> Verdict:
                 )
                 yield stack.outputs[done.mode, done.num_tokens][layer_id][rows], baseline, reference
 
-    return judge(triples())
+    return judge(triple for done in passes for triple in triples(done))
 
 
 @torch.inference_mode()

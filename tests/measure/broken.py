@@ -98,6 +98,16 @@ class LongPrefillMixesPages(_Broken):
         return self.attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options)
 
 
+class PrefillIsZero(_Broken):
+    """Decode is right, over whatever the prefill wrote."""
+
+    name = "prefill_is_zero"
+
+    def forward_extend(self, *args, **options):  # type: ignore[no-untyped-def]
+        out, lse = self.attend(*args, **options)
+        return out * 0, lse
+
+
 class NaNInLastRow(_Broken):
     name = "nan_in_last_row"
 

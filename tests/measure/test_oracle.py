@@ -32,6 +32,7 @@ from tests.measure.broken import (
     LastRowOff,
     LongPrefillMixesPages,
     NaNInLastRow,
+    PrefillIsZero,
     Right,
     WindowOneWider,
     WrongScale,
@@ -47,6 +48,7 @@ MISTAKES = [
     (DropsLastKey, CAUSAL, "decode"),
     (DropsLastKey, CAUSAL, "text"),
     (DropsLastKey, CHUNK, "decode"),
+    (PrefillIsZero, CAUSAL, "text"),
     (WindowOneWider, WINDOW, "decode"),
     (WindowOneWider, WINDOW, "extend"),
     (IgnoresMask, CHUNK, "mixed"),
@@ -130,7 +132,7 @@ def test_the_reprefill_disagrees_with_a_decode_that_is_wrong(monkeypatch: pytest
     passed, columns, engine, workload = checked(monkeypatch, DropsLastKey, CAUSAL, "text", Level.model)
     assert not passed and columns["reprefill_max_difference"] > 1e-3
     assert columns["reprefill_passed"] and not columns["logits_passed"]
-    _, cases = workload.checked_pass()
+    _, cases = workload.checked_passes()
     pages = engine.cache.allocator.pages_used
     again = reprefill(engine, cases)
     assert engine.cache.allocator.pages_used == pages
@@ -267,7 +269,7 @@ def test_a_check_leaves_the_weights_of_captured_steps_where_they_are() -> None:
 
 def test_case_logits_follow_the_weights_at_hand() -> None:
     workload, engine = prepared(cell("extend"))
-    _, cases = workload.checked_pass()
+    _, cases = workload.checked_passes()
     assert isinstance(engine.runner.model, LlamaForCausalLM)
     case: Case = cases[0]
     with torch.no_grad():
