@@ -17,7 +17,7 @@ from fa_research.attention.reference import attention
 from fa_research.engine.engine import Engine
 from fa_research.kernels import ops
 from fa_research.kv_cache import TokenToKVPool
-from fa_research.measure.numerics import Verdict, judge
+from fa_research.measure.numerics import Verdict, judge, judge_rows
 from fa_research.spec import AttentionSpec
 from fa_research.workloads.base import Case, Pass, pick
 
@@ -153,7 +153,7 @@ def check_attention(engine: Engine, passes: Sequence[Pass], max_requests: int) -
                 )
                 yield stack.outputs[done.mode, done.num_tokens][layer_id][rows], baseline, reference
 
-    return judge(triple for done in passes for triple in triples(done))
+    return judge_rows(triple for done in passes for triple in triples(done))
 
 
 @torch.inference_mode()

@@ -108,6 +108,16 @@ class PrefillIsZero(_Broken):
         return out * 0, lse
 
 
+class HalvesLastRow(_Broken):
+    """The last query of every pass gets half of what it should."""
+
+    name = "halves_last_row"
+
+    def spoil(self, out_THV: Tensor) -> Tensor:
+        out_THV[-1] *= 0.5
+        return out_THV
+
+
 class NaNInLastRow(_Broken):
     name = "nan_in_last_row"
 

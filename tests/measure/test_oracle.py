@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fa_research.attention.reference import attention
 from fa_research.backends.torch_backend import TorchBackend
-from fa_research.config import Dtype, Level, MaskConfig
+from fa_research.config import Dtype, Level, MaskConfig, MixedWorkload
 from fa_research.engine.engine import Engine
 from fa_research.kv_cache import TokenToKVPool
 from fa_research.masks import Causal, Chunked, SlidingWindow
@@ -28,6 +28,7 @@ from tests.helpers import DEVICES, make_spec
 from tests.measure.broken import (
     DropsLastKey,
     FirstTableForAll,
+    HalvesLastRow,
     IgnoresMask,
     LastRowOff,
     LongPrefillMixesPages,
@@ -113,6 +114,18 @@ def test_low_precision_is_no_mistake_but_a_mistake_is_one_in_low_precision(
 ) -> None:
     assert checked(monkeypatch, Right, CAUSAL, "decode", level, dtype=dtype)[0]
     assert not checked(monkeypatch, DropsLastKey, CAUSAL, "decode", level, dtype=dtype)[0]
+
+
+@pytest.mark.parametrize(("backend", "passes"), [(Right, True), (HalvesLastRow, False)])
+def test_a_query_over_many_keys_is_judged_apart_from_those_over_few(
+    monkeypatch: pytest.MonkeyPatch, backend: type[TorchBackend], passes: bool
+) -> None:
+    """The first tokens of a prompt have outputs as large as a value; those of a decoding request are means of many."""
+    install(monkeypatch, backend)
+    options = MixedWorkload(extend_requests=1, new_len=9, decode_requests=1, context_len=1500)
+    model = model_config(dtype=Dtype.bfloat16, max_context_len=2048)
+    workload, engine = prepared(cell(options, Level.attention, model=model))
+    assert check(engine, workload)[0] == passes
 
 
 @pytest.mark.parametrize("name", ["decode", "extend", "mixed"])
