@@ -159,7 +159,7 @@ class RunCallback(Callback):
         sweep_dir = Path(config.hydra.sweep.dir)
         rows = gather(sweep_dir)
         print_table(rows)
-        CONSOLE.print(f"{len(rows)} rows in {sweep_dir}", soft_wrap=True)
+        CONSOLE.print(f"{len(rows)} row{'s' * (len(rows) != 1)} in {sweep_dir}", soft_wrap=True)
         if code := exit_code(rows, sweep=True):
             raise SystemExit(code)
 
