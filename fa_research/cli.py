@@ -160,7 +160,7 @@ class RunCallback(Callback):
         rows = gather(sweep_dir)
         print_table(rows)
         CONSOLE.print(f"{len(rows)} row{'s' * (len(rows) != 1)} in {sweep_dir}", soft_wrap=True)
-        if code := exit_code(rows, sweep=True):
+        if code := exit_code(rows, sweep=True) if rows else FAILED:
             raise SystemExit(code)
 
 

@@ -11,7 +11,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig
+from omegaconf import DictConfig, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from fa_research.config import config_hash, to_plain
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from fa_research.tracking import Row
 
 log = logging.getLogger(__name__)
+
+
+def pin_sweep_dir(config: DictConfig) -> None:
+    """All cells go to one folder, also where they differ in a value that `hydra.sweep.dir` is made of, as `study`.
+
+    Changes `config`, a sweep's own: each cell is composed from its overrides.
+    """
+    folder = str(config.hydra.sweep.dir).replace("'", "\\'")
+    with flag_override(config, "readonly", False):
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
 
 
 class RowPerCellLauncher(Launcher):
@@ -48,7 +58,9 @@ class RowPerCellLauncher(Launcher):
             except (HydraException, OmegaConfBaseException, ValueError) as error:
                 refused[offset] = ConfigError(explain(error))
             else:
-                if not self._is_complete(initial_job_idx + offset, cfg):
+                if cfg.hydra.sweeper.params != self.config.hydra.sweeper.params:
+                    refused[offset] = ConfigError(_sweep_in_sweep(cfg, overrides))
+                elif not self._is_complete(initial_job_idx + offset, cfg):
                     wanted.append(offset)
         if len(refused) == len(job_overrides):
             raise refused[0]
@@ -89,6 +101,11 @@ class RowPerCellLauncher(Launcher):
             return False
         log.info("\t#%d has its row already", job)
         return True
+
+
+def _sweep_in_sweep(cfg: DictConfig, overrides: Sequence[str]) -> str:
+    preset = next((text for text in overrides if text.startswith("experiment=")), "this preset")
+    return f"{preset} is a sweep of its own, over {', '.join(cfg.hydra.sweeper.params)}: run it by itself"
 
 
 def _set_typed(plain: dict[str, Any], override: str) -> None:

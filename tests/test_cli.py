@@ -275,6 +275,19 @@ def test_a_cell_that_fails_where_another_left_a_row_has_one_of_its_own(tmp_path:
         assert row.status is Status.error and refused in row.reasons[0], row
 
 
+def test_a_sweep_over_studies_has_one_folder(tmp_path: Path) -> None:
+    done = run_py("-m", *SMALL, "study=one,two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 rows in outputs/default/" in done.stdout
+    (folder,) = (tmp_path / "outputs").glob("*/*")
+    assert [row.config["study"] for row in read_rows(folder / ROWS_FILE)] == ["one", "two"]
+
+
+def test_a_sweep_over_presets_that_sweep_is_refused(tmp_path: Path) -> None:
+    line = one_error_line(run_py("-m", "experiment=first_ablation,decode_step", cwd=tmp_path))
+    assert "experiment=first_ablation is a sweep of its own, over backend, kv.page_size" in line
+
+
 def test_an_experiment_that_sweeps_needs_no_flag(tmp_path: Path) -> None:
     overrides = ["experiment=first_ablation", "backend=torch", "workload.context_len=32", "workload.steps=2"]
     done = run_py(*overrides, "workload.batch_size=2", "tracking=disabled", cwd=tmp_path)
