@@ -76,6 +76,7 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
         engine = build_engine(config, needs, specs, device, make_model)
         row.environment = environment() | _environment(engine)
         workload.prepare(engine)
+        row.environment |= _environment(engine)  # whether decode steps are captured is known now
         tick()
         if config.measure.check:
             passed, row.checks = check(engine, workload)
@@ -115,7 +116,7 @@ def _environment(engine: Engine) -> dict[str, Any]:
         "backend": engine.backend.name,
         "backend_provider": engine.backend.provider,
         "lowering": [{"kind": low.kind.value, "rewrites": list(low.rewrites)} for low in lowering],
-        "cuda_graph_mode": engine.graph_mode.value,
+        "cuda_graph_mode": (engine.decode_mode or engine.graph_mode).value,
         "triton_interpreter": engine.backend.name == "triton" and engine.device.type == "cpu",
     }
 

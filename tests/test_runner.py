@@ -131,7 +131,9 @@ def test_an_unchecked_cell_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_was_chosen_is_noted(tmp_path: Path) -> None:
     config = cell("decode", backend="auto", cuda_graph=CudaGraphConfig(GraphMode.simulate, [1, 2]))
-    notes = run(config, tmp_path).notes
+    row = run(config, tmp_path)
+    notes = row.notes
+    assert row.environment["cuda_graph_mode"] == "off"
     assert any(note.startswith("backend=auto chose torch") for note in notes)
     assert "ran eagerly: batch size 3 is above the largest of cuda_graph.batch_sizes (2)" in notes
 

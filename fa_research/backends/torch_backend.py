@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from fa_research.attention.lowering import Lowering
 from fa_research.attention.reference import paged_attention
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.metadata import FlashAttentionMetadata
@@ -37,6 +40,13 @@ class TorchBackend(AttentionBackend):
             returns_lse=True,
             cuda_graph=GraphSupport.NEVER,
         )
+
+    def lower(self, spec: AttentionSpec) -> Lowering:
+        lowering, splits = super().lower(spec), self.settings.num_splits
+        if splits == 0:
+            return lowering
+        reason = f"backend.num_splits={splits}: the definition has no splits; use 0"
+        return replace(lowering, reasons=(*lowering.reasons, reason))
 
     def attend(
         self,

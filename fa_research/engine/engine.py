@@ -44,6 +44,9 @@ class Engine:
     dtype: torch.dtype
     graph_mode: GraphMode
     notes: list[str] = field(default_factory=list)
+    decode_mode: GraphMode | None = (
+        None  # of the last decode runner: off where the batch passes the captured sizes
+    )
 
     @property
     def backend(self) -> AttentionBackend:
@@ -68,9 +71,10 @@ class Engine:
                 f"ran eagerly: batch size {batch_size} is above the largest of cuda_graph.batch_sizes ({max(sizes)})"
             )
             needed = []
+        self.decode_mode = self.graph_mode if needed else GraphMode.off
         return DecodeRunner(
             self.runner,
-            mode=self.graph_mode if needed else GraphMode.off,
+            mode=self.decode_mode,
             batch_sizes=needed,
             max_seq_len_k=max_seq_len_k,
             reserve_ahead=self.config.kv.reserve_ahead,

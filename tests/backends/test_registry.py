@@ -208,3 +208,9 @@ def test_specs_are_what_the_message_talks_about() -> None:
     spec = AttentionSpec(4, 2, 64, 64, 0.1)
     (reason,) = backends.reasons_against("triton", settings(dtype=torch.float64), [spec])
     assert reason == "dtype float64: takes float16, float32" or torch.cuda.is_available()
+
+
+def test_the_definition_has_no_splits() -> None:
+    """Ignoring the key would make a sweep over it look as if it changed nothing."""
+    with pytest.raises(Unsupported, match=r"backend.num_splits=4.*use 0"):
+        backends.create("torch", settings(num_splits=4), [SPEC])
