@@ -20,7 +20,7 @@ def take_from_folder(model: ModelConfig, overrides: Iterable[str] = ()) -> Model
 
     Raises:
         ConfigError: no such folder or config.json; what it asks for is not supported; or a key that it decides was set
-            to something else (differs from the default and from the folder, or is among `overrides`).
+            to something else: the value is not the folder's, and not the default either or among the `overrides`.
     """
     assert model.path is not None
     folder = Path(model.path).expanduser()
@@ -57,18 +57,15 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def _set_besides(model: ModelConfig, found: ModelConfig, overrides: Iterable[str]) -> list[str]:
-    """Keys that were set although the folder decides them, each with what it says."""
+    """Keys that were set to other than the folder says, each with what it says."""
     asked, default, decided = (dict(_leaves(dataclasses.asdict(m))) for m in (model, ModelConfig(), found))
-    typed = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    typed = {override.lstrip("+").partition("=")[0] for override in overrides}
     keys = [
         key
         for key, value in asked.items()
         if key not in USERS_OWN
-        and (
-            f"model.{key}" in typed
-            or f"model.{key.split('.')[0]}" in typed
-            or value not in (default[key], decided[key])
-        )
+        and value != decided[key]
+        and (value != default[key] or {f"model.{key}", f"model.{key.split('.')[0]}"} & typed)
     ]
     return [f"model.{key}={decided[key]} (given: {asked[key]})" for key in keys]
 

@@ -119,7 +119,7 @@ class _Reader:
 
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
     named = raw.get("architectures")
-    if isinstance(named, list) and len(named) == 1 and named[0] in FAMILIES:
+    if isinstance(named, list) and named in [[name] for name in FAMILIES]:
         return str(named[0])
     raise ConfigError(
         f"{where}, config.json: architectures={json.dumps(named)} is not supported; "

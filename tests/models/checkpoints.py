@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from fa_research.config import Dtype, ModelConfig
 from fa_research.config.checkpoint import take_from_folder
@@ -59,9 +60,11 @@ PEERS = {
 }
 
 
-def save(peer: Peer, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> torch.nn.Module:
+def save(
+    peer: Peer, folder: Path, dtype: torch.dtype = torch.float32, vocab_size: int = VOCABULARY, **options: Any
+) -> torch.nn.Module:
     """The model, saved in `folder` as `dtype`; `options` go to `save_pretrained`."""
-    model = peer.make().to(dtype)
+    model = peer.make(vocab_size=vocab_size).to(dtype)
     model.save_pretrained(folder, **options)
     return model
 
@@ -85,3 +88,18 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
     save_file(tensors, file)
+
+
+def save_tokenizer(folder: Path) -> Tokenizer:
+    """A tokenizer.json of bytes and some pairs of them, at most 300 tokens, that begins every text with a token of
+    its own unless told not to."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["is followed by " * 9 + "0123456789"], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
