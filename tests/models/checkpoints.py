@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from fa_research.config import Dtype, ModelConfig
 from fa_research.config.checkpoint import take_from_folder
 from fa_research.models import LlamaForCausalLM, build_model
 from tests.engine.lab import VOCABULARY
+
+REASON = "the extra hf is not installed"
+transformers = pytest.importorskip("transformers", reason=REASON)
+tokenizers = pytest.importorskip("tokenizers", reason=REASON)
+safetensors = pytest.importorskip("safetensors.torch", reason=REASON)
 
 WINDOW = 13
 LLAMA_3 = {
@@ -85,21 +88,23 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the tensors of a folder with one file."""
     file = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors = {name: tensor.clone() for name, tensor in safetensors.load_file(file).items()}
     change(tensors)
-    save_file(tensors, file)
+    safetensors.save_file(tensors, file)
 
 
-def save_tokenizer(folder: Path) -> Tokenizer:
+def save_tokenizer(folder: Path) -> Any:
     """A tokenizer.json of bytes and some pairs of them, at most 300 tokens, that begins every text with a token of
     its own unless told not to."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
     )
     tokenizer.train_from_iterator(["is followed by " * 9 + "0123456789"], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     return tokenizer
