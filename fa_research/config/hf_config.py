@@ -51,7 +51,7 @@ _UNSUPPORTED = (
     "n_routed_experts", "attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size",
     "no_rope_layers", "is_encoder_decoder", "add_cross_attention", "text_config",
 )  # fmt: skip
-_ROPE_TYPES = {"default": RopeType.none, "llama3": RopeType.llama3}
+_ROPE_TYPES = ("default", "llama3")
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor")
 
@@ -152,14 +152,15 @@ def _rope(reader: _Reader) -> dict[str, Any]:
         rope.refuse(key, f" with RoPE of type {name}")
     if name == "default":
         return {"rope_theta": theta, "rope_scaling": RopeScaling()}
+    return {"rope_theta": theta, "rope_scaling": _llama3(rope, reader)}
+
+
+def _llama3(rope: _Reader, reader: _Reader) -> RopeScaling:
     numbers = {key: rope.number(key) for key in _LLAMA3_NUMBERS}
     key = "original_max_position_embeddings"  # beside the table it comes first, as in transformers
     length = reader if reader.raw.get(key) else rope
     original = length.whole(key, reader.raw.get("max_position_embeddings"))
-    return {
-        "rope_theta": theta,
-        "rope_scaling": RopeScaling(RopeType.llama3, original_max_position=original, **numbers),
-    }
+    return RopeScaling(RopeType.llama3, original_max_position=original, **numbers)
 
 
 def _mask(reader: _Reader, family: Family, num_layers: int) -> MaskConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fa_research.config import ModelConfig
 from fa_research.errors import CheckpointError
@@ -23,17 +24,7 @@ def load_tokenizer(config: ModelConfig) -> Encode | None:
     file = Path(config.path).expanduser() / TOKENIZER if config.path is not None else None
     if file is None or not file.exists():
         return None
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise CheckpointError(
-            f"model.path: {file} needs the package tokenizers, which cannot be imported ({error}); "
-            'it comes with the extra hf: pip install -e ".[hf]"'
-        ) from error
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"model.path: {file} is no tokenizer: {error}") from error
+    tokenizer = _read(file)
 
     def encode(text: bytes) -> list[int]:
         ids: list[int] = tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False).ids
@@ -44,3 +35,17 @@ def load_tokenizer(config: ModelConfig) -> Encode | None:
         return ids
 
     return encode
+
+
+def _read(file: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise CheckpointError(
+            f"model.path: {file} needs the package tokenizers, which cannot be imported ({error}); "
+            'it comes with the extra hf: pip install -e ".[hf]"'
+        ) from error
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"model.path: {file} is no tokenizer: {error}") from error
