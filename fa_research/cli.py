@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from fa_research.config.explain import explain
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import FaResearchError
-from fa_research.sweep import gather, record_failure
+from fa_research.sweep import count_rows, gather, record_failure
 
 if TYPE_CHECKING:
     from fa_research.tracking import Row
@@ -42,16 +43,19 @@ fa_research: change one part of an attention serving engine, check it against an
 
 Groups, as in group=choice; a group's keys are set as in kv.page_size=64:
 {groups}
+At the root: study (the folder in outputs/), seed, device (auto, cpu, cuda).
 
-  --cfg job                         show the composed config, with what else is on the command line
-  -m, --multirun                    sweep over comma-separated values
-  --shell-completion install=bash   complete groups, choices and keys
-  --hydra-help                      what Hydra offers beyond this
+  --cfg job        show the composed config, with what else is on the command line
+  -m, --multirun   sweep over comma-separated values
+  --hydra-help     what Hydra offers beyond this
+
+  eval "$(python run.py -sc install=bash)"   complete groups, choices and keys in this shell
 
 Results are in outputs/<study>/. Without an account W&B runs offline; without a GPU everything runs on the CPU.
 """
 
 _wants_traceback = False
+_sweep_dir: str | None = None  # of the sweep that is under way
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -74,8 +78,17 @@ def launch(main: Callable[[], Any]) -> None:
             raise
         _exit_with(str(error) if isinstance(error, FaResearchError) else explain(error))
     except KeyboardInterrupt:
-        print("interrupted; the rows made so far are on disk", file=sys.stderr)
+        again = f"hydra.sweep.dir={_sweep_dir}"
+        how = (
+            f"; the same command with {shlex.quote(again)} goes on from the rows made so far"
+            if _sweep_dir
+            else ""
+        )
+        print(f"interrupted{how}", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # as in `python run.py --cfg job | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its exit
+        raise SystemExit(FAILED) from None
 
 
 def run_one(cfg: DictConfig) -> Row:
@@ -85,6 +98,7 @@ def run_one(cfg: DictConfig) -> Row:
     """
     hydra = HydraConfig.get()
     output_dir, multirun = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
+    rows_before = count_rows(output_dir)
     asked: DictConfig | dict[str, Any] = cfg
     try:
         config = load_config(cfg, hydra.overrides.task)
@@ -94,7 +108,7 @@ def run_one(cfg: DictConfig) -> Row:
 
         row = run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun)
     except Exception as error:
-        row = record_failure(output_dir, error, asked)
+        row = record_failure(output_dir, error, asked, rows_before=rows_before)
         if not multirun and _wants_traceback:
             raise
         if _is_plain(row, error):
@@ -136,7 +150,9 @@ class RunCallback(Callback):
         _check_folder(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        global _sweep_dir
         _check_folder(config, "hydra.sweep.dir")
+        _sweep_dir = config.hydra.sweep.dir
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from fa_research.tracking import CONSOLE, print_table
@@ -144,8 +160,8 @@ class RunCallback(Callback):
         sweep_dir = Path(config.hydra.sweep.dir)
         rows = gather(sweep_dir)
         print_table(rows)
-        CONSOLE.print(f"{len(rows)} rows in {sweep_dir}", soft_wrap=True)
-        if code := exit_code(rows, sweep=True):
+        CONSOLE.print(f"{len(rows)} row{'s' * (len(rows) != 1)} in {sweep_dir}", soft_wrap=True)
+        if code := exit_code(rows, sweep=True) if rows else FAILED:
             raise SystemExit(code)
 
 

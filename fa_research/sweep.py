@@ -11,7 +11,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig
+from omegaconf import DictConfig, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from fa_research.config import config_hash, to_plain
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from fa_research.tracking import Row
 
 log = logging.getLogger(__name__)
+
+
+def pin_sweep_dir(config: DictConfig) -> None:
+    """All cells go to one folder, also where they differ in a value that `hydra.sweep.dir` is made of, as `study`.
+
+    Changes `config`, a sweep's own: each cell is composed from its overrides.
+    """
+    folder = str(config.hydra.sweep.dir).replace("'", "\\'")
+    with flag_override(config, "readonly", False):
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
 
 
 class RowPerCellLauncher(Launcher):
@@ -48,7 +58,9 @@ class RowPerCellLauncher(Launcher):
             except (HydraException, OmegaConfBaseException, ValueError) as error:
                 refused[offset] = ConfigError(explain(error))
             else:
-                if not self._is_complete(initial_job_idx + offset, cfg):
+                if cfg.hydra.sweeper.params != self.config.hydra.sweeper.params:
+                    refused[offset] = ConfigError(_sweep_in_sweep(cfg, overrides))
+                elif not self._is_complete(initial_job_idx + offset, cfg):
                     wanted.append(offset)
         if len(refused) == len(job_overrides):
             raise refused[0]
@@ -63,7 +75,7 @@ class RowPerCellLauncher(Launcher):
         folder = self.sweep_dir / str(job)
         folder.mkdir(parents=True, exist_ok=True)
         log.warning("\t#%d : %s: %s", job, " ".join(overrides), error)
-        record_failure(folder, error, self._as_asked(overrides))
+        record_failure(folder, error, self._as_asked(overrides), rows_before=count_rows(folder))
 
     def _as_asked(self, overrides: Sequence[str]) -> dict[str, Any]:
         """The config of a cell that cannot be composed: what can be, with the rest set as it was typed."""
@@ -91,6 +103,11 @@ class RowPerCellLauncher(Launcher):
         return True
 
 
+def _sweep_in_sweep(cfg: DictConfig, overrides: Sequence[str]) -> str:
+    preset = next((text for text in overrides if text.startswith("experiment=")), "this preset")
+    return f"{preset} is a sweep of its own, over {', '.join(cfg.hydra.sweeper.params)}: run it by itself"
+
+
 def _set_typed(plain: dict[str, Any], override: str) -> None:
     key, _, value = override.lstrip("+").partition("=")
     *path, last = key.split(".")
@@ -115,11 +132,19 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
             first = None
 
 
-def record_failure(output_dir: Path, error: Exception, cfg: DictConfig | dict[str, Any]) -> Row:
-    """The row of a cell that raised, written to `output_dir` unless a row is there already."""
+def count_rows(output_dir: Path) -> int:
+    """Rows in this folder: of earlier attempts at the cell, or of another cell that had the folder before."""
+    return len(_rows_of(output_dir))
+
+
+def record_failure(
+    output_dir: Path, error: Exception, cfg: DictConfig | dict[str, Any], *, rows_before: int
+) -> Row:
+    """The row of a cell that raised, written to `output_dir` unless the cell has written its own: one more than the
+    `rows_before` that were there when it began."""
     from fa_research.tracking import ROWS_FILE, RowWriter, environment, failed_row
 
-    if written := _rows_of(output_dir):
+    if len(written := _rows_of(output_dir)) > rows_before:
         return written[-1]
     row = failed_row(error)
     row.environment = environment()

@@ -204,6 +204,12 @@ def test_a_sweep_in_which_nothing_can_be_composed_is_one_line(tmp_path: Path) ->
     assert "did you mean kv.page_size?" in line
 
 
+def _wait_for_row(path: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not (path.exists() and path.read_bytes().endswith(b"\n")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_a_killed_sweep_keeps_its_rows_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     args = ["-m", *SMALL, "seed=0,1,2", "hydra.sweep.dir=sweep"]
     child = subprocess.Popen(
@@ -213,9 +219,7 @@ def test_a_killed_sweep_keeps_its_rows_and_goes_on_where_it_stopped(tmp_path: Pa
         stderr=subprocess.DEVNULL,
     )
     first = tmp_path / "sweep" / "0" / ROWS_FILE
-    deadline = time.monotonic() + 100
-    while not (first.exists() and first.read_bytes().endswith(b"\n")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    _wait_for_row(first)
     child.send_signal(signal.SIGKILL)
     child.wait()
     (kept,) = read_rows(first)
@@ -227,12 +231,61 @@ def test_a_killed_sweep_keeps_its_rows_and_goes_on_where_it_stopped(tmp_path: Pa
     assert [row.config["seed"] for row in rows] == [0, 1, 2]
 
 
+def test_an_interrupted_sweep_says_how_it_goes_on(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "-m", *SMALL, "seed=range(40)", "hydra.sweep.dir=my sweep"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    _wait_for_row(tmp_path / "my sweep" / "0" / ROWS_FILE)
+    child.send_signal(signal.SIGINT)
+    (line,) = child.communicate()[1].splitlines()
+    assert child.returncode == 130
+    assert "interrupted" in line
+    assert "'hydra.sweep.dir=my sweep'" in line, "as a shell takes it"
+
+
+def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "run.py", "--cfg", "job"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.communicate()[1] == b""
+
+
 def test_another_config_in_the_same_sweep_folder_is_run(tmp_path: Path) -> None:
     args = ["-m", *SMALL, "hydra.sweep.dir=sweep"]
     assert run_py(*args, "seed=0", cwd=tmp_path).returncode == 0
     done = run_py(*args, "seed=1", cwd=tmp_path)
     assert "has its row already" not in done.stdout
     assert [row.config["seed"] for row in read_rows(tmp_path / "sweep" / ROWS_FILE)] == [1]
+
+
+def test_a_cell_that_fails_where_another_left_a_row_has_one_of_its_own(tmp_path: Path) -> None:
+    """Else the sweep would show the time of the cell that ran, or why an earlier one failed."""
+    args = ["-m", *SMALL, "hydra.sweep.dir=sweep"]
+    assert run_py(*args, cwd=tmp_path).returncode == 0
+    for refused in ("kv.num_pages=1", "kv.num_pages=2"):
+        run_py(*args, refused, cwd=tmp_path)
+        (row,) = read_rows(tmp_path / "sweep" / ROWS_FILE)
+        assert row.status is Status.error and refused in row.reasons[0], row
+
+
+def test_a_sweep_over_studies_has_one_folder(tmp_path: Path) -> None:
+    done = run_py("-m", *SMALL, "study=one,two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 rows in outputs/default/" in done.stdout
+    (folder,) = (tmp_path / "outputs").glob("*/*")
+    assert [row.config["study"] for row in read_rows(folder / ROWS_FILE)] == ["one", "two"]
+
+
+def test_a_sweep_over_presets_that_sweep_is_refused(tmp_path: Path) -> None:
+    line = one_error_line(run_py("-m", "experiment=first_ablation,decode_step", cwd=tmp_path))
+    assert "experiment=first_ablation is a sweep of its own, over backend, kv.page_size" in line
 
 
 def test_an_experiment_that_sweeps_needs_no_flag(tmp_path: Path) -> None:

@@ -127,6 +127,14 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["+workload.context_len=8"], ["unknown key workload.context_len", "workload=decode and workload=mixed"]),
     # unknown choices
     (["backend=fa9"], ["backend=fa9 is unknown", "choose one of auto, "]),
+    (["page_size=16"], ["unknown key page_size", "did you mean kv.page_size?"]),
+    (["+page_size=16"], ["unknown key page_size", "did you mean kv.page_size?"]),
+    (["mask.size=16"], ["unknown key mask", "did you mean model.mask?"]),
+    (["batch_size=4"], ["unknown key batch_size", "did you mean workload.batch_size?"]),
+    (["mode=off"], ["unknown key mode", "did you mean cuda_graph.mode or tracking.mode?"]),
+    (["steps=4"], ["unknown key steps", "did you mean workload.steps?"]),
+    (["DEVICE=cpu"], ["unknown key DEVICE", "did you mean device?"]),
+    (["backend.options.x=1"], ["unknown key backend.options.x", "+backend.options.x=..."]),
     (["workload=txt"], ["workload=txt is unknown", "did you mean text?"]),
     (["experiment=nope"], ["experiment=nope is unknown", "first_ablation"]),
     (["device=tpu"], ["device='tpu'", "one of auto, cpu, cuda"]),
@@ -150,7 +158,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["model.rope_scaling=null"], ["model.rope_scaling=null", "a group with the keys type, factor"]),
     (["~kv.page_size"], ["kv.page_size cannot be removed"]),
     (["~workload"], ["no workload chosen", "decode, extend, mixed, text"]),
-    (["kv.page_size=1,2"], ["kv.page_size=1,2", "--multirun"]),
+    (["kv.page_size=1,2"], ["kv.page_size=[1,2]", "kv.page_size=1,2", "--multirun"]),
     (["backend=a=b"], ["cannot read the override 'backend=a=b'"]),
     (["model.rope_theta=${nowhere}"], ["model.rope_theta", "nowhere"]),
     # values out of range

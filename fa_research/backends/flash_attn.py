@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -48,6 +49,15 @@ class FlashAttnBackend(AttentionBackend):
     @property
     def provider(self) -> str:
         return self._kernels.module
+
+    def lower(self, spec: AttentionSpec) -> Lowering:
+        lowering, s = super().lower(spec), self.settings
+        reasons = self._kernels.split_reasons(s.num_splits, s.deterministic)
+        if s.deterministic and s.num_splits > 1:
+            reasons += (
+                f"backend.num_splits={s.num_splits}: backend.deterministic=true takes one split; use 0",
+            )
+        return replace(lowering, reasons=lowering.reasons + reasons)
 
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
         spec = lowering.spec

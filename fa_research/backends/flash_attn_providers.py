@@ -7,7 +7,6 @@ Legend: T query tokens, B requests, B1 = B + 1, P pages, S slots in a page, H qu
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -57,6 +56,10 @@ class Provider:
 
     def _load(self) -> Any:
         return importlib.import_module(self.module)
+
+    def split_reasons(self, num_splits: int, deterministic: bool) -> tuple[str, ...]:
+        """Why `backend.num_splits` or `backend.deterministic` cannot be had from this package; empty if they can."""
+        return ()
 
     def schedule(self, metadata: FlashAttentionMetadata, **shape: Any) -> Tensor | None:
         """FA3's tile scheduler metadata for this pass, or None where the package takes none."""
@@ -139,6 +142,17 @@ class FlashAttn(Provider):
     module = "flash_attn"
     versions = frozenset({2})
 
+    def split_reasons(self, num_splits: int, deterministic: bool) -> tuple[str, ...]:
+        reasons = []
+        if num_splits > 0:
+            reasons.append(f"backend.num_splits={num_splits}: {self.module} chooses the splits itself; use 0")
+        if deterministic:
+            reasons.append(
+                f"backend.deterministic=true: {self.module} splits keys by the whole batch; "
+                "backend.provider=vllm.vllm_flash_attn does not have to"
+            )
+        return tuple(reasons)
+
     def call(self, q_THD, k_PSKD, v_PSKV, metadata, args, schedule, sinks_H):  # type: ignore[no-untyped-def]
         result = self._module.flash_attn_varlen_func(
             q_THD,
@@ -146,7 +160,10 @@ class FlashAttn(Provider):
             v_PSKV,
             metadata.cu_seqlens_q_B1,
             metadata.cu_seqlens_k_B1,
-            metadata.max_seq_len_q,
+            # At 1 it packs the query heads of a KV head as queries, and where it then takes one split its kernel writes
+            # their LSE in the order [K, B, H / K], which is returned as [K, H / K, B] (vLLM's copy transposes it).
+            # 2 is a bound as well and keeps it from packing: slower, so only where the LSE is wanted.
+            max(metadata.max_seq_len_q, 2) if args.return_lse else metadata.max_seq_len_q,
             metadata.max_seq_len_k,
             softmax_scale=args.scale,
             causal=args.causal,
@@ -171,6 +188,11 @@ class VLLM(Provider):
         if not getattr(module, f"FA{self.version}_AVAILABLE"):
             raise ImportError(getattr(module, f"FA{self.version}_UNAVAILABLE_REASON"))
         return module
+
+    def split_reasons(self, num_splits: int, deterministic: bool) -> tuple[str, ...]:
+        if self.version == 2 and num_splits > 1:
+            return (f"backend.num_splits={num_splits}: FA2 of {self.module} takes 0 (its own choice) or 1",)
+        return ()
 
     def schedule(self, metadata: FlashAttentionMetadata, **shape: Any) -> Tensor | None:
         if self.version != 3:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,9 @@ def explain(error: BaseException) -> str:
             return _unknown_choice(cause)
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return _explain_omegaconf(cause)
+        if several := re.match(r"Ambiguous value for argument '(.*)'", str(cause)):
+            key, _, values = several[1].partition("=")
+            return f"{several[1]}: several values need a sweep, --multirun; a list is {key}=[{values}]"
     if any(isinstance(cause, ValueError) and "group override must be" in str(cause) for cause in chain):
         return (
             f"{error}: a group takes the name of one of its choices, as in backend=triton; --help lists them"
@@ -39,13 +43,14 @@ def unknown_key(full_key: str, schema: type | None) -> str:
     """Says that `full_key` does not exist and which keys do; `schema` is the dataclass it was looked up in."""
     parent, _, key = full_key.rpartition(".")
     if schema is None or not dataclasses.is_dataclass(schema):
-        return f"unknown key {full_key}"
+        return f"unknown key {full_key}; a plus in front adds it: +{full_key}=..."
     names = [field.name for field in dataclasses.fields(schema)]
     qualified = [f"{parent}.{name}" if parent else name for name in names]
-    text = f"unknown key {full_key}{_did_you_mean(key, names, prefix=parent)}"
+    near = _elsewhere(full_key) or _did_you_mean(key, names, prefix=parent)
+    text = f"unknown key {full_key}{near}"
     elsewhere = [name for name, cls in WORKLOADS.items() if key in {f.name for f in dataclasses.fields(cls)}]
     if issubclass(schema, WorkloadConfig) and elsewhere:
-        text += f"; workload={' and workload='.join(elsewhere)} have it"
+        text += f"; it belongs to workload={' and workload='.join(elsewhere)}"
     return f"{text}; keys here: {', '.join(qualified)}"
 
 
@@ -106,9 +111,28 @@ def _unknown_choice(error: MissingConfigException) -> str:
     return f"{group}={given} is unknown{_did_you_mean(given, options)}; choose one of {', '.join(options)}"
 
 
+def _elsewhere(full_key: str) -> str:
+    """Where the config has a key of this name, for one that was given without the groups above it."""
+    paths = [
+        *_paths(Config),
+        *(path for schema in WORKLOADS.values() for path in _paths(schema, "workload.")),
+    ]
+    found = [path for path in dict.fromkeys(paths) if path.endswith(f".{full_key}")]
+    return f" (did you mean {' or '.join(found)}?)" if found and len(found) <= 3 else ""
+
+
+def _paths(schema: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys of a dataclass and of those in it."""
+    for name, kind in typing.get_type_hints(schema).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from _paths(kind, f"{prefix}{name}.")
+
+
 def _did_you_mean(given: str, options: Iterable[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(given, list(options), n=1, cutoff=0.6)
-    return f" (did you mean {prefix + '.' if prefix else ''}{close[0]}?)" if close else ""
+    by_lower = {option.lower(): option for option in options}
+    close = difflib.get_close_matches(given.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" (did you mean {prefix + '.' if prefix else ''}{by_lower[close[0]]}?)" if close else ""
 
 
 def _as_typed(value: Any) -> str:

@@ -13,6 +13,7 @@ from fa_research.errors import ConfigError
 def free_bytes(device: torch.device) -> int:
     """Bytes free on the device now (for the CPU: free physical memory)."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch kept of the sweep's last cell is free, but the driver does not know it
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

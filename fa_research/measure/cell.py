@@ -36,9 +36,9 @@ class Measurement:
 def check(engine: Engine, workload: Workload) -> tuple[bool, dict[str, Any]]:
     """Whether the workload's own result agrees with the oracle, and the errors as columns."""
     max_requests = engine.config.measure.check_requests
-    done, cases = workload.checked_pass()
+    passes, cases = workload.checked_passes()
     if engine.stack is not None:
-        verdict = check_attention(engine, done, max_requests)
+        verdict = check_attention(engine, passes, max_requests)
         return verdict.passed, verdict.checks("attention")
     oracle = Oracle(engine, cases)
     verdict = oracle.judge([case.logits_MX for case in cases])
@@ -113,6 +113,9 @@ def _attention_parts(
             # What plans on the host, or depends on the host's lengths, is timed as it runs: without a graph.
             timing = timer.time(run, samples, graph=graph and name != "metadata")
             result.metrics |= timing.metrics(name)
+    result.metrics["attention_timing_method"] = (
+        timing.method
+    )  # the KV write's too; the metadata's is timing_method
     work = attention_work(workload.current_pass(), engine.specs, engine.dtype.itemsize)
     microseconds = result.metrics["attention_us"]
     result.metrics["attention_GB_per_s"] = work.bytes / microseconds / 1e3

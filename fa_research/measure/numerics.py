@@ -18,7 +18,7 @@ _FACTOR = 2.0
 class Verdict:
     """Errors against float64. `max_error` of the checked result and `baseline_error` of the plain
     low-precision one are largest absolute differences; the result passes while max_error <= tolerance = 2 *
-    baseline_error + constant."""
+    baseline_error + constant * largest reference value."""
 
     max_error: float
     baseline_error: float
@@ -57,6 +57,31 @@ def judge(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Verdict:
     tolerance = _FACTOR * baseline_error + _CONSTANT[dtype] * largest
     relative = (error_square / reference_square) ** 0.5 if reference_square else float("nan")
     return Verdict(error, baseline_error, tolerance, relative)
+
+
+def judge_rows(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Verdict:
+    """The verdict over triples of shape [rows, ...], every row (a query) by its own tolerance; its errors are those of
+    the row with the least margin. A query over few keys has large outputs and large errors: one tolerance for all would
+    let pass whatever becomes of a query over many."""
+    columns: list[Tensor] = []
+    error_square = reference_square = 0.0
+    constant = _CONSTANT[torch.float64]
+    for result, baseline, reference in triples:
+        constant = _CONSTANT[result.dtype]
+        exact = reference.double().flatten(1)
+        error, baseline_error = ((x.double().flatten(1) - exact).abs() for x in (result, baseline))
+        columns.append(torch.stack([x.amax(1) for x in (error, baseline_error, exact.abs())]).cpu())
+        error_square += error.square().sum().item()
+        reference_square += exact.square().sum().item()
+    assert columns, "nothing was compared"
+    errors, baseline_errors, largest = torch.cat(columns, 1)
+    tolerances = _FACTOR * baseline_errors + constant * largest
+    worst = int((errors - tolerances).nan_to_num(nan=float("inf")).argmax())
+    relative = (error_square / reference_square) ** 0.5 if reference_square else float("nan")
+    error_of_worst, baseline_of_worst, tolerance = (
+        x[worst].item() for x in (errors, baseline_errors, tolerances)
+    )
+    return Verdict(error_of_worst, baseline_of_worst, tolerance, relative)
 
 
 def _largest(so_far: float, values: Tensor) -> float:

@@ -17,7 +17,7 @@ from fa_research.attention.reference import attention
 from fa_research.engine.engine import Engine
 from fa_research.kernels import ops
 from fa_research.kv_cache import TokenToKVPool
-from fa_research.measure.numerics import Verdict, judge
+from fa_research.measure.numerics import Verdict, judge, judge_rows
 from fa_research.spec import AttentionSpec
 from fa_research.workloads.base import Case, Pass, pick
 
@@ -127,26 +127,33 @@ class Oracle:
 
 
 @torch.no_grad()
-def check_attention(engine: Engine, done: Pass, max_requests: int) -> Verdict:
-    """Every layer's attention output of the last pass against float64, for some requests and rows."""
+def check_attention(engine: Engine, passes: Sequence[Pass], max_requests: int) -> Verdict:
+    """Every layer's attention output of these passes (each the last of its mode and size) against float64, for some
+    requests and rows."""
     stack, kv = engine.stack, engine.cache.kv
     assert stack is not None
 
-    def triples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def triples(done: Pass) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for i in pick(len(done.rows), max_requests):
             seq_len, extend_len = done.seq_lens[i], done.extend_lens[i]
-            slots_N = engine.runner.req_to_token_RW[done.rows[i], :seq_len].long()
+            prefix_len, first = seq_len - extend_len, done.first_query[i]
+            slots_N = engine.runner.req_to_token_RW[done.rows[i], :prefix_len].long()
+            own = slice(
+                first, first + extend_len
+            )  # not from the cache: what was not written there would not show
             rows = torch.tensor(pick(extend_len, _MAX_QUERIES), device=engine.device)
-            positions, rows = rows + seq_len - extend_len, rows + done.first_query[i]
+            positions, rows = rows + prefix_len, rows + first
             for layer_id, spec in enumerate(engine.specs):
-                q, k, v = stack.q_THD[rows], kv.k(layer_id)[slots_N], kv.v(layer_id)[slots_N]
+                q = stack.q_THD[rows]
+                k = torch.cat([kv.k(layer_id)[slots_N], stack.k_TKD[own]])
+                v = torch.cat([kv.v(layer_id)[slots_N], stack.v_TKV[own]])
                 baseline, reference = (
                     attention(q, k, v, positions, spec, sinks_H=stack.sinks_H, compute_dtype=dtype)[0]
                     for dtype in (engine.dtype, torch.float64)
                 )
                 yield stack.outputs[done.mode, done.num_tokens][layer_id][rows], baseline, reference
 
-    return judge(triples())
+    return judge_rows(triple for done in passes for triple in triples(done))
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ _PACKAGES = (
 def environment() -> dict[str, Any]:
     """GPU, driver, CPU, versions and commit as plain data; what is absent is left out or None.
 
-    GPU facts come from torch and are read only if torch is imported already.
+    GPU and threads come from torch and are read only if torch is imported already.
     """
     return {
         "python": platform.python_version(),
@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         **_git(),
-        **_gpu(),
+        **_torch(),
     }
 
 
@@ -60,10 +60,13 @@ def _git() -> dict[str, Any]:
     return {"git_commit": commit, "git_dirty": None if status is None else bool(status)}
 
 
-def _gpu() -> dict[str, Any]:
+def _torch() -> dict[str, Any]:
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is None:
         return {"gpu": None}
+    threads = {"cpu_threads": torch.get_num_threads()}  # OMP_NUM_THREADS changes a CPU's times
+    if not torch.cuda.is_available():
+        return {"gpu": None, **threads}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": properties.name,
@@ -73,6 +76,7 @@ def _gpu() -> dict[str, Any]:
         "gpu_compute_capability": f"{properties.major}.{properties.minor}",
         "gpu_driver": _driver(),
         "cuda": torch.version.cuda or torch.version.hip,
+        **threads,
     }
 
 

@@ -97,10 +97,25 @@ def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_m
     elif len(rows) == 1:
         _print_one(rows[0])
     else:
-        CONSOLE.print(_fitting_table(rows, list(metrics or _main_metrics(rows)[:max_metrics])))
+        main = _main_metrics(rows)
+        table, shown = _fitting(rows, metrics or main[:max_metrics])
+        CONSOLE.print(table)
+        if more := [name for name in main if name not in shown]:
+            CONSOLE.print(Text(f"also in the rows: {', '.join(more)}"))
+        said: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             for line in [*row.reasons, *row.notes]:
-                CONSOLE.print(Text(f"#{number} {row.status}: {line}"))
+                said.setdefault(f"{row.status}: {line}", []).append(number)
+        for line, numbers in said.items():
+            CONSOLE.print(Text(f"{_spans(numbers)} {line}"))
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Rising numbers in short: #0-2 #5."""
+    starts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
+    ends = [*(i - 1 for i in starts[1:]), len(numbers) - 1]
+    pairs = [(numbers[a], numbers[b]) for a, b in zip(starts, ends, strict=True)]
+    return " ".join(f"#{first}" if first == last else f"#{first}-{last}" for first, last in pairs)
 
 
 def _print_one(row: Row) -> None:
@@ -116,31 +131,54 @@ def _print_one(row: Row) -> None:
     CONSOLE.print(table)
 
 
-def _fitting_table(rows: Sequence[Row], metrics: list[str]) -> Table:
-    """The table with as many metrics as the console has room for, one at least."""
-    table = _table(rows, metrics)
-    while len(metrics) > 1 and CONSOLE.measure(table).maximum >= CONSOLE.width:
-        metrics = metrics[:-1]
-        table = _table(rows, metrics)
-    return table
+def _fitting(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[Table, list[str]]:
+    """The table with as many metrics as the console has room for, one at least, and their names.
+
+    Where they do not all fit, names are broken into lines before metrics are left out.
+    """
+    shown = list(metrics)
+    table = _table(rows, shown)
+    if not _fits(table):
+        table = _table(rows, shown, break_names=True)
+    while len(shown) > 1 and not _fits(table):
+        shown.pop()
+        table = _table(rows, shown, break_names=True)
+    return table, shown
 
 
-def _table(rows: Sequence[Row], metrics: Sequence[str]) -> Table:
+def _fits(table: Table) -> bool:
+    return CONSOLE.measure(table).maximum < CONSOLE.width  # rich measures no more than the console's width
+
+
+def _table(rows: Sequence[Row], metrics: Sequence[str], break_names: bool = False) -> Table:
     configs = [_flat(row.config) for row in rows]
-    varying = varying_keys([row.config for row in rows])
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("#", *varying, "status"):
-        table.add_column(name, overflow="fold")
+    columns = {"#": [Text(str(number)) for number in range(len(rows))]}
+    for key in varying_keys([row.config for row in rows]):
+        columns[key] = [Text(format_value(config.get(key, ""))) for config in configs]
+    columns["status"] = [Text(str(row.status), style=_STYLES.get(row.status, "red")) for row in rows]
+    keys = len(columns)
     for name in metrics:
-        table.add_column(name, justify="right", overflow="fold")
-    for number, (row, config) in enumerate(zip(rows, configs, strict=True)):
-        table.add_row(
-            str(number),
-            *(Text(format_value(config.get(key, ""))) for key in varying),
-            Text(str(row.status), style=_STYLES.get(row.status, "red")),
-            *(Text(format_value(row.metrics.get(name, ""))) for name in metrics),
-        )
+        columns[name] = [Text(format_value(row.metrics.get(name, ""))) for row in rows]
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=break_names, pad_edge=not break_names)
+    for number, (name, cells) in enumerate(columns.items()):
+        header = _broken(name, max(8, *(len(cell) for cell in cells))) if break_names else name
+        if number < keys - 1:
+            table.add_column(header, overflow="fold")
+        else:  # a number in two pieces is misread
+            table.add_column(header, no_wrap=True, justify="left" if name == "status" else "right")
+    for line in zip(*columns.values(), strict=True):
+        table.add_row(*line)
     return table
+
+
+def _broken(name: str, width: int) -> str:
+    """A long name in lines of about `width`, each but the last ending with a dot or an underscore."""
+    lines = [""]
+    for part in re.findall(r"[^._]*[._]|[^._]+", name):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _main_metrics(rows: Sequence[Row]) -> list[str]:

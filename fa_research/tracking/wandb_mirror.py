@@ -164,11 +164,13 @@ def has_key() -> bool:
 def _open(config: Config, mode: TrackingMode, output_dir: Path, about: dict[str, Any]) -> WandbMirror:
     """A mirror in the wanted mode; where online fails offline, where that fails too without a run."""
     notes: list[str] = []
-    for attempt in [mode] if mode is TrackingMode.offline else [mode, TrackingMode.offline]:
+    attempts = [mode] if mode is TrackingMode.offline else [mode, TrackingMode.offline]
+    for attempt in attempts:
         try:
             return WandbMirror(output_dir, _init(config, attempt, output_dir, about), notes)
         except Exception as error:
-            notes.append(_note(f"W&B could not start a run in mode {attempt}", error))
+            instead = "without W&B" if attempt is attempts[-1] else "offline"
+            notes.append(_note(f"W&B could not start a run in mode {attempt}, went on {instead}", error))
             log.warning(notes[-1])
     return WandbMirror(output_dir, None, notes)
 

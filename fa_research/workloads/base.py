@@ -71,7 +71,7 @@ class Unit:
 
 
 class Workload(ABC):
-    """One workload over one engine. The order of calls: `needs`, `prepare`, `checked_pass` (unless
+    """One workload over one engine. The order of calls: `needs`, `prepare`, `checked_passes` (unless
     `measure.check=false`), then the `units` as often as they are timed."""
 
     name: ClassVar[str]
@@ -90,8 +90,9 @@ class Workload(ABC):
         """Requests in the cache, ready for the first unit."""
 
     @abstractmethod
-    def checked_pass(self) -> tuple[Pass, list[Case]]:
-        """Work whose result is kept for the oracle (no cases at `workload.level=attention`)."""
+    def checked_passes(self) -> tuple[list[Pass], list[Case]]:
+        """Work whose result is kept for the oracle: the last pass of each kind that is timed, and the cases (none at
+        `workload.level=attention`)."""
 
     @abstractmethod
     def units(self) -> list[Unit]:

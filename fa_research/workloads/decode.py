@@ -59,13 +59,13 @@ class Decode(Workload):
             request.seq_len = context_len
         self.decoder.start(self.requests, self.tokens)
 
-    def checked_pass(self) -> tuple[Pass, list[Case]]:
+    def checked_passes(self) -> tuple[list[Pass], list[Case]]:
         self.decoder.flush()
         inputs_B = self.decoder.state.input_ids_B[: len(self.requests)].clone()
         prefix_lens = [request.seq_len for request in self.requests]
         self.decoder.step()
         logits = self.decoder.logits_BX
-        result = self.current_pass()
+        result = [self.current_pass()]
         if logits is None:
             return result, []
         at = torch.zeros(1, dtype=torch.int64)

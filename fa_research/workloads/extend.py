@@ -47,16 +47,16 @@ class _RaggedPass(Workload):
     def _run(self) -> Tensor | None:
         return self.engine.runner.extend_pass(self._batch)
 
-    def checked_pass(self) -> tuple[Pass, list[Case]]:
+    def checked_passes(self) -> tuple[list[Pass], list[Case]]:
         logits = self._run()
         if logits is None:
-            return self.current_pass(), []
+            return [self.current_pass()], []
         cases = []
         for i in pick(len(self.requests), self.config.measure.check_requests):
             prefix, new = self._lens()[i]
             at = torch.tensor([new - 1])
             cases.append(Case(self.requests[i].row, prefix, self.tokens[i], at, logits[i : i + 1].clone()))
-        return self.current_pass(), cases
+        return [self.current_pass()], cases
 
     def current_pass(self) -> Pass:
         extend_lens = [new for _, new in self._lens()]

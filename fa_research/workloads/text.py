@@ -87,13 +87,14 @@ class Text(Workload):
             request.seq_len = self.options.prompt_len
         self.decoder.start(self.requests, self.first_tokens)
 
-    def checked_pass(self) -> tuple[Pass, list[Case]]:
+    def checked_passes(self) -> tuple[list[Pass], list[Case]]:
         """The prompts and `steps` greedy tokens; every token's logits are kept for the checked requests."""
         first = self._prefill()
+        prefilled = self._last_prefill_pass()
         if first is None:
             for _ in range(self.options.steps):
                 self.decoder.step()
-            return self.current_pass(), []
+            return [prefilled, self.current_pass()], []
         chosen = pick(len(self.requests), self.config.measure.check_requests)
         logits, tokens = [first[chosen]], [first.argmax(-1).tolist()]
         for _ in range(self.options.steps - 1):
@@ -105,12 +106,23 @@ class Text(Workload):
         while len(self.decoder.reader):
             tokens.append(self.decoder.reader.pop())
         self.generated = [list(request) for request in zip(*tokens, strict=True)]
-        return self.current_pass(), [self._case(i, torch.stack(logits)[:, n]) for n, i in enumerate(chosen)]
+        cases = [self._case(i, torch.stack(logits)[:, n]) for n, i in enumerate(chosen)]
+        return [prefilled, self.current_pass()], cases
 
     def _case(self, index: int, logits_MX: Tensor) -> Case:
         tokens = self.prompts[index] + self.generated[index][:-1]
         at = torch.arange(len(self.prompts[index]) - 1, len(tokens))
         return Case(self.requests[index].row, 0, torch.tensor(tokens), at, logits_MX)
+
+    def _last_prefill_pass(self) -> Pass:
+        """The prompts' last chunks; all prompts are as long and share as much."""
+        size, prompt_len = len(self.requests), int(self.options.prompt_len)
+        shared_slots = (
+            int(self.options.shared_prefix_len) // self.engine.cache.page_size * self.engine.cache.page_size
+        )
+        last = (prompt_len - shared_slots - 1) % int(self.options.chunk_size) + 1
+        rows = [request.row for request in self.requests]
+        return Pass(rows, [prompt_len] * size, [last] * size, last * size, ForwardMode.EXTEND)
 
     def current_pass(self) -> Pass:
         self.decoder.flush()

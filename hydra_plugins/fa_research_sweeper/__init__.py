@@ -13,8 +13,9 @@ class FaResearchSweeper(BasicSweeper):
     """Hydra's basic sweeper with a launcher in front of the chosen one that gives every cell a row."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        from fa_research.sweep import RowPerCellLauncher
+        from fa_research.sweep import RowPerCellLauncher, pin_sweep_dir
 
+        pin_sweep_dir(config)
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         assert self.launcher is not None
         self.launcher = RowPerCellLauncher(self.launcher, hydra_context.config_loader, config)

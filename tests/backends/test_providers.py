@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from fa_research.backends import BackendSettings, flash_attn
 from fa_research.backends import flash_attn_providers as providers
+from fa_research.backends.fa2 import FA2Backend
+from fa_research.backends.fa3 import FA3Backend
+from fa_research.backends.flash_attn import FlashAttnBackend
 from fa_research.backends.flash_attn_providers import PROVIDERS, resolve
+from fa_research.metadata import FlashAttentionMetadata
+from tests.helpers import make_spec
 
 MODULES = {version: [p.module for p in PROVIDERS if version in p.versions] for version in (2, 3)}
 
@@ -52,6 +60,58 @@ def test_a_pinned_package_that_is_not_installed_is_the_only_reason(version: int,
 def test_a_generation_that_a_package_does_not_have() -> None:
     assert providers.FlashAttn.missing(3) == "flash_attn has no FA3"
     assert providers.SGLKernel.missing(2) == "sgl_kernel.flash_attn has no FA2"
+
+
+@pytest.mark.parametrize(
+    ("cls", "provider", "asked", "refused"),
+    [
+        (FA2Backend, providers.VLLM, {"num_splits": 4}, ["backend.num_splits=4"]),
+        (FA2Backend, providers.VLLM, {"num_splits": 1}, []),
+        (FA2Backend, providers.VLLM, {"deterministic": True}, []),
+        (FA2Backend, providers.FlashAttn, {"num_splits": 1}, ["backend.num_splits=1"]),
+        (FA2Backend, providers.FlashAttn, {"deterministic": True}, ["backend.deterministic=true"]),
+        (FA2Backend, providers.FlashAttn, {}, []),
+        (FA3Backend, providers.VLLM, {"num_splits": 4}, []),
+        (FA3Backend, providers.VLLM, {"num_splits": 4, "deterministic": True}, ["backend.num_splits=4"]),
+    ],
+)
+def test_splits_that_the_kernels_would_not_take_or_not_heed_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    cls: type[FlashAttnBackend],
+    provider: type[providers.Provider],
+    asked: dict[str, Any],
+    refused: list[str],
+) -> None:
+    """vLLM's FA2 raises above one split; flash-attn's takes no number of splits at all, and would ignore it."""
+    monkeypatch.setattr(flash_attn, "resolve", lambda version, pinned: (provider, ()))
+    monkeypatch.setattr(provider, "_load", lambda self: None)
+    settings = BackendSettings(torch.device("cuda"), torch.bfloat16, 256, 4096, **asked)
+    (lowering,) = cls(settings, [make_spec()]).lowerings
+    assert [reason.partition(":")[0] for reason in lowering.reasons] == refused
+
+
+@pytest.mark.parametrize(
+    ("provider", "version"), [(providers.FlashAttn, 2), (providers.VLLM, 2), (providers.VLLM, 3)]
+)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_flash_attn_packs_no_heads_where_the_lse_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, provider: type[providers.Provider], version: int, return_lse: bool
+) -> None:
+    """Its kernels leave the LSE of packed heads in another order than it is returned in; see the provider."""
+    told: list[int] = []
+
+    def flash_attn_varlen_func(q: torch.Tensor, *given: Any, **named: Any) -> object:
+        told.append(named["max_seqlen_q"] if "max_seqlen_q" in named else given[4])
+        return (q, torch.zeros(2, 3)) if return_lse else q
+
+    module = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setattr(provider, "_load", lambda self: module)
+    metadata = FlashAttentionMetadata.allocate(3, 32, 16, "cpu")  # a decode step: one query each
+    arguments = providers.KernelArguments(1.0, True, (-1, -1), 0, 0.0, 0, return_lse)
+    q, kv = torch.zeros(3, 2, 64), torch.zeros(7, 16, 1, 64)
+    _, lse = provider(version).call(q, kv, kv, metadata, arguments, None, None)
+    assert told == [2 if return_lse and provider is providers.FlashAttn else 1]
+    assert (lse is not None and lse.shape == (3, 2)) == return_lse
 
 
 @pytest.mark.gpu

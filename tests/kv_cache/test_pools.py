@@ -158,6 +158,14 @@ def test_free_memory_is_a_number_of_bytes_of_this_device(device: str) -> None:
         assert free <= torch.cuda.get_device_properties(device).total_memory
 
 
+def test_memory_that_torch_keeps_of_an_earlier_cell_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, `kv.memory_fraction` would give the second cell of a sweep a fraction of what the first one left."""
+    kept = [70]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 - sum(kept), 100))
+    assert capacity.free_bytes(torch.device("cuda")) == 100
+
+
 def choose(pages_needed: int, **kv: object) -> int:
     device = torch.device("cpu")
     return capacity.choose_num_pages(

@@ -98,6 +98,26 @@ class LongPrefillMixesPages(_Broken):
         return self.attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options)
 
 
+class PrefillIsZero(_Broken):
+    """Decode is right, over whatever the prefill wrote."""
+
+    name = "prefill_is_zero"
+
+    def forward_extend(self, *args, **options):  # type: ignore[no-untyped-def]
+        out, lse = self.attend(*args, **options)
+        return out * 0, lse
+
+
+class HalvesLastRow(_Broken):
+    """The last query of every pass gets half of what it should."""
+
+    name = "halves_last_row"
+
+    def spoil(self, out_THV: Tensor) -> Tensor:
+        out_THV[-1] *= 0.5
+        return out_THV
+
+
 class NaNInLastRow(_Broken):
     name = "nan_in_last_row"
 

@@ -37,7 +37,8 @@ def test_every_unit_has_its_columns(name: str, level: Level) -> None:
     expected = {f"{unit}_{column}" for unit in UNITS[name] + parts for column in TIMES}
     expected |= {f"{unit}_tokens_per_s" for unit in UNITS[name]}
     expected |= {"timing_method", "timing_l2", "kv_pool_bytes", "kv_num_pages", "model_weight_bytes"}
-    expected |= {"attention_GB_per_s", "attention_TFLOP_per_s"} if parts else set()
+    of_parts = {"attention_GB_per_s", "attention_TFLOP_per_s", "attention_timing_method"}
+    expected |= of_parts if parts else set()
     assert set(result.metrics) == expected
     assert all(value > 0 for key, value in result.metrics.items() if key.endswith(("us", "_s", "count")))
     for unit in workload.units():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fa_research.measure.numerics import judge
+from fa_research.measure.numerics import judge, judge_rows
 
 ONE = torch.ones(4, dtype=torch.float64)
 NAN = torch.tensor([1.0, float("nan"), 1.0, 1.0], dtype=torch.float64)
@@ -70,3 +70,22 @@ def test_columns() -> None:
     assert columns["logits_baseline_error"] == pytest.approx(1.1)
     assert columns["logits_relative_error"] == pytest.approx(math.sqrt((3 + 1.3**2) / 16))
     assert columns["logits_passed"] is True
+
+
+def test_rows_are_judged_one_by_one() -> None:
+    """An error that the largest row would excuse is not excused in a small one."""
+    reference = torch.tensor([[4.0, -4.0], [0.01, 0.02], [0.0, 0.0]], dtype=torch.float64)
+    baseline = reference.clone()
+    baseline[0, 0] += 0.01
+    result = reference.clone()
+    result[1, 0] = 0.0
+    as_bfloat16 = (result.bfloat16(), baseline, reference)
+    assert judge([as_bfloat16]).passed
+    verdict = judge_rows([as_bfloat16])
+    assert not verdict.passed and verdict.max_error == pytest.approx(0.01)
+    assert (verdict.baseline_error, verdict.tolerance) == (0.0, pytest.approx(8e-3 * 0.02))
+    right = (reference.bfloat16(), baseline, reference)
+    assert judge_rows([right]).passed and not judge_rows([right, as_bfloat16, right]).passed
+    assert not judge_rows([(result.bfloat16() * float("nan"), baseline, reference)]).passed
+    with pytest.raises(AssertionError, match="nothing was compared"):
+        judge_rows([])

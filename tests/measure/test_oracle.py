@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from fa_research.attention.reference import attention
 from fa_research.backends.torch_backend import TorchBackend
-from fa_research.config import Dtype, Level, MaskConfig
+from fa_research.config import Dtype, Level, MaskConfig, MixedWorkload
 from fa_research.engine.engine import Engine
+from fa_research.kv_cache import TokenToKVPool
 from fa_research.masks import Causal, Chunked, SlidingWindow
 from fa_research.measure.cell import check
 from fa_research.measure.oracle import (
@@ -27,10 +28,12 @@ from tests.helpers import DEVICES, make_spec
 from tests.measure.broken import (
     DropsLastKey,
     FirstTableForAll,
+    HalvesLastRow,
     IgnoresMask,
     LastRowOff,
     LongPrefillMixesPages,
     NaNInLastRow,
+    PrefillIsZero,
     Right,
     WindowOneWider,
     WrongScale,
@@ -46,6 +49,7 @@ MISTAKES = [
     (DropsLastKey, CAUSAL, "decode"),
     (DropsLastKey, CAUSAL, "text"),
     (DropsLastKey, CHUNK, "decode"),
+    (PrefillIsZero, CAUSAL, "text"),
     (WindowOneWider, WINDOW, "decode"),
     (WindowOneWider, WINDOW, "extend"),
     (IgnoresMask, CHUNK, "mixed"),
@@ -112,11 +116,36 @@ def test_low_precision_is_no_mistake_but_a_mistake_is_one_in_low_precision(
     assert not checked(monkeypatch, DropsLastKey, CAUSAL, "decode", level, dtype=dtype)[0]
 
 
+@pytest.mark.parametrize(("backend", "passes"), [(Right, True), (HalvesLastRow, False)])
+def test_a_query_over_many_keys_is_judged_apart_from_those_over_few(
+    monkeypatch: pytest.MonkeyPatch, backend: type[TorchBackend], passes: bool
+) -> None:
+    """The first tokens of a prompt have outputs as large as a value; those of a decoding request are means of many."""
+    install(monkeypatch, backend)
+    options = MixedWorkload(extend_requests=1, new_len=9, decode_requests=1, context_len=1500)
+    model = model_config(dtype=Dtype.bfloat16, max_context_len=2048)
+    workload, engine = prepared(cell(options, Level.attention, model=model))
+    assert check(engine, workload)[0] == passes
+
+
+@pytest.mark.parametrize("name", ["decode", "extend", "mixed"])
+@EACH_LEVEL
+def test_keys_that_were_not_written_are_caught(
+    monkeypatch: pytest.MonkeyPatch, name: str, level: Level
+) -> None:
+    def nothing(pool: TokenToKVPool, layer_id: int, *written: object) -> None:
+        """Attention sees whatever was there: finite numbers, as if another token had the slot."""
+
+    monkeypatch.setattr(TokenToKVPool, "write", nothing)
+    monkeypatch.setattr(TokenToKVPool, "rope_and_write", nothing)
+    assert not checked(monkeypatch, Right, CAUSAL, name, level)[0]
+
+
 def test_the_reprefill_disagrees_with_a_decode_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     passed, columns, engine, workload = checked(monkeypatch, DropsLastKey, CAUSAL, "text", Level.model)
     assert not passed and columns["reprefill_max_difference"] > 1e-3
     assert columns["reprefill_passed"] and not columns["logits_passed"]
-    _, cases = workload.checked_pass()
+    _, cases = workload.checked_passes()
     pages = engine.cache.allocator.pages_used
     again = reprefill(engine, cases)
     assert engine.cache.allocator.pages_used == pages
@@ -253,7 +282,7 @@ def test_a_check_leaves_the_weights_of_captured_steps_where_they_are() -> None:
 
 def test_case_logits_follow_the_weights_at_hand() -> None:
     workload, engine = prepared(cell("extend"))
-    _, cases = workload.checked_pass()
+    _, cases = workload.checked_passes()
     assert isinstance(engine.runner.model, LlamaForCausalLM)
     case: Case = cases[0]
     with torch.no_grad():

@@ -25,6 +25,7 @@ def test_it_names_versions_and_the_processor() -> None:
     assert facts["packages"]["torch"] == torch.__version__
     assert facts["cpu"]
     assert facts["cpu_count"] == os.cpu_count()
+    assert facts["cpu_threads"] == torch.get_num_threads()
 
 
 def test_it_names_neither_host_nor_user_nor_folders() -> None:

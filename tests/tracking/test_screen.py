@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fa_research.tracking import Row, Status, print_table
+from fa_research.tracking import CONSOLE, Row, Status, print_table
 from fa_research.tracking.screen import format_value, varying_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +101,40 @@ def test_text_with_brackets_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]
     rows = [Row(Status.error, config={"a": i}, reasons=["sizes [bold]1, 2[/]"]) for i in range(2)]
     print_table(rows)
     assert "sizes [bold]1, 2[/]" in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_breaks_names_and_no_number_and_says_what_it_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CONSOLE, "width", 80)
+    metrics = {f"decode_{part}_us": 1234567.0 + i for i, part in enumerate(("step", "host", "kernel", "all"))}
+    rows = [
+        Row(
+            Status.unsupported,
+            config={"backend": {"name": name}, "kv": {"page_size": size}, "model": {"softcap": size}},
+            metrics=metrics,
+        )
+        for name, size in (("torch", 1), ("triton", 256))
+    ]
+    print_table(rows)
+    *table, last = capsys.readouterr().out.splitlines()
+    assert max(map(len, table)) <= 80
+    for line in table[-3:-1]:  # the two rows, each in one line
+        assert "unsupported" in line
+        assert "1,234,567" in line
+    assert "decode_" in "\n".join(table)
+    left_out = last.removeprefix("also in the rows: ").split(", ")
+    assert left_out == list(metrics)[-len(left_out) :]
+
+    print_table(rows, metrics=["decode_all_us"])
+    assert "1,234,570" in capsys.readouterr().out
+
+
+def test_what_several_rows_say_alike_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["no GPU", "no GPU", "torn", "no GPU", "no GPU", "no GPU"]
+    print_table([Row(Status.unsupported, config={"a": i}, reasons=[text]) for i, text in enumerate(said)])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines == ["#0-1 #3-5 unsupported: no GPU", "#2 unsupported: torn"]
 
 
 def test_no_rows_say_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,7 @@ def test_a_w_and_b_that_cannot_start_is_a_note_in_the_row(tmp_path: Path) -> Non
     row = cell(tmp_path, metrics={"decode_us": 3.5})
     assert len(row.notes) == 1
     assert "W&B could not start" in row.notes[0]
+    assert "went on without W&B" in row.notes[-1]
     (written,) = read_rows(tmp_path / ROWS_FILE)
     assert written.metrics == {"decode_us": 3.5}
     assert written.notes == row.notes
@@ -143,7 +144,7 @@ def test_online_without_a_network_falls_back_to_offline_and_says_so(
     monkeypatch.setitem(sys.modules["fa_research.tracking.wandb_mirror"]._SETTINGS, "init_timeout", 2)
     config = Config(tracking=TrackingConfig(mode=TrackingMode.auto))
     row = cell(tmp_path, config)
-    assert "mode online" in row.notes[0]
+    assert "mode online, went on offline" in row.notes[0]
     assert read_back(runs_of(tmp_path)[-1])["summary"]["status"] == "ok"
 
 

@@ -103,7 +103,7 @@ def test_what_was_generated_is_kept(tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, path=str(text_file(tmp_path)), steps=6)
     workload, _ = prepared(cell(options))
     assert isinstance(workload, Text)
-    done, cases = workload.checked_pass()
+    (_, done), cases = workload.checked_passes()
     assert [len(tokens) for tokens in workload.generated] == [6] * 4
     assert done.seq_lens == [60 + 5] * 4
     assert len(cases) == 2
