@@ -46,7 +46,7 @@ def run(config: Config, folder: Path) -> Row:
 def test_the_loaded_model_writes_what_transformers_writes(folder: Path, tmp_path: Path) -> None:
     workload, engine = prepared(cell_of(folder, text_file(tmp_path)))
     assert isinstance(workload, Text)
-    workload.checked_pass()
+    workload.checked_passes()
     theirs = PEERS["qwen2"].make(vocab_size=300)
     for prompt, generated in zip(workload.prompts, workload.generated, strict=True):
         ids = torch.tensor([prompt])
