@@ -64,7 +64,7 @@ class DecodeRunner:
 
     @property
     def logits_BX(self) -> Tensor | None:
-        """The last step's logits [B, vocabulary], overwritten by the next; None without a head."""
+        """The last step's logits [B, vocabulary], overwritten by the next; None before the first and without a head."""
         return None if self._padded_logits is None else self._padded_logits[: len(self._requests)]
 
     @property
@@ -94,6 +94,7 @@ class DecodeRunner:
         self._state = self._static if self._padded_size else DecodeState(size, self._static.device)
         self.reader = TokenReader(size, self._static.device)
         self._sampled_B = self._state.input_ids_B[:size]
+        self._padded_logits = None  # those of the last batch are nobody's here
         self._state.load([r.row for r in requests], [r.seq_len for r in requests], last_tokens)
         self._steps_reserved = 0
 

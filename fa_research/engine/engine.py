@@ -129,7 +129,8 @@ def create_cache(
     max_requests = kv.max_requests or len(needs.seq_lens)
     if max_requests < len(needs.seq_lens):
         raise ConfigError(
-            f"kv.max_requests={max_requests}: the workload has {len(needs.seq_lens)} requests at once"
+            f"kv.max_requests={max_requests}: the workload has {len(needs.seq_lens)} requests at once; "
+            "give at least as many, or leave it out"
         )
     shape = {
         "num_layers": len(specs),

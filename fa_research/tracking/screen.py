@@ -17,7 +17,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -40,9 +39,20 @@ CONSOLE = _console()
 
 def log_handler() -> logging.Handler:
     """The console's log handler, named in configs/hydra/job_logging."""
-    if CONSOLE.is_terminal:
-        return RichHandler(console=CONSOLE, show_path=False, rich_tracebacks=False, markup=False)
-    return logging.StreamHandler(sys.stdout)  # rich would wrap long lines
+    return _ConsoleHandler() if CONSOLE.is_terminal else logging.StreamHandler(sys.stdout)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines above a progress bar, each as long as it is: a path in two pieces cannot be copied."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = (
+            "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno > logging.INFO else ""
+        )
+        try:
+            CONSOLE.print(Text(self.format(record), style=style), soft_wrap=True)
+        except Exception:
+            self.handleError(record)
 
 
 @contextmanager

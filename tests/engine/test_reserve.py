@@ -28,6 +28,18 @@ def test_pages_are_asked_for_every_few_steps(place: Place, ahead: int) -> None:
 
 
 @BOTH
+def test_a_new_batch_has_no_logits_before_its_first_step(place: Place) -> None:
+    lab = Lab(place)
+    prompts = prompts_of(9, 6)
+    requests, first = lab.prefill(prompts)
+    decoder = lab.decoder(2)
+    decode(decoder, requests, prompts, first, 1)
+    assert decoder.logits_BX is not None
+    decoder.start(requests[1:], [1])
+    assert decoder.logits_BX is None
+
+
+@BOTH
 def test_a_nearly_full_pool_is_used_to_its_last_slot(place: Place) -> None:
     """Fewer pages than `kv.reserve_ahead` asks for: it goes on one token at a time; when nothing is left it says so,
     changes nothing, and goes on rightly once pages are free."""

@@ -52,7 +52,10 @@ def test_rows() -> None:
     assert sorted(rows) == [1, 2, 3]
     with pytest.raises(ConfigError, match=r"kv\.max_requests=3 rows are all in use"):
         pool.alloc()
+    pool.write_pages(rows, [0, 0, 0], [1, 2, 3])
     pool.free(rows[1])
+    assert pool.req_to_token[rows[1]].eq(0).all(), "a freed row points at the sink page"
+    assert pool.req_to_token[[rows[0], rows[2]], 0].tolist() == [4, 12]
     for row in (rows[1], 0, 4):
         with pytest.raises(AssertionError):
             pool.free(row)
