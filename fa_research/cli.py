@@ -99,15 +99,16 @@ def run_one(cfg: DictConfig) -> Row:
     hydra = HydraConfig.get()
     output_dir, multirun = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
     rows_before = count_rows(output_dir)
+    asked: DictConfig | dict[str, Any] = cfg
     try:
-        config = load_config(cfg)
-        resolved = to_plain(cfg)
+        config = load_config(cfg, hydra.overrides.task)
+        asked = resolved = to_plain(config)
         OmegaConf.save(OmegaConf.create(resolved), output_dir / "config.yaml")
         from fa_research.runner import run_cell
 
         row = run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun)
     except Exception as error:
-        row = record_failure(output_dir, error, cfg, rows_before=rows_before)
+        row = record_failure(output_dir, error, asked, rows_before=rows_before)
         if not multirun and _wants_traceback:
             raise
         if _is_plain(row, error):

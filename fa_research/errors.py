@@ -16,6 +16,10 @@ class ConfigError(FaResearchError):
     """A configuration value, or a combination of values, that cannot work."""
 
 
+class CheckpointError(FaResearchError):
+    """The weights in the folder `model.path` cannot be loaded."""
+
+
 class Refusal(FaResearchError):
     """A backend said no.
 

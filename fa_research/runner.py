@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
         if config.workload.level is Level.attention:
             tokens = max([needs.tokens_per_pass, *config.cuda_graph.batch_sizes])
             return AttentionStack(specs, max_tokens=tokens, dtype=dtype, device=device, seed=config.seed)
-        return build_model(config.model, dtype=dtype, device=device, seed=config.seed)
+        shown = partial(progress, enabled=config.tracking.progress)
+        return build_model(config.model, dtype=dtype, device=device, seed=config.seed, progress=shown)
 
     with progress(f"{config.backend.name} {config.workload.name}", 4, config.tracking.progress) as tick:
         engine = build_engine(config, needs, specs, device, make_model)

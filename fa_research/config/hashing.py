@@ -13,6 +13,8 @@ from fa_research.config.schemas import Config
 
 # Where and how results are kept does not change what is measured.
 NOT_HASHED = frozenset({"tracking", "hydra", "study"})
+# With `model.path`, the folder says the rest, whether it has been read yet or not.
+HASHED_WITH_PATH = frozenset({"path", "dtype"})
 
 
 def to_plain(cfg: Config | DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +28,13 @@ def to_plain(cfg: Config | DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_hash(cfg: Config | DictConfig | Mapping[str, Any]) -> str:
-    """Eight hex digits that depend on every value but those of `NOT_HASHED`, and not on the order of keys."""
+    """Eight hex digits that depend on every value but those of `NOT_HASHED`, and not on the order of keys.
+
+    A checkpoint counts by its path as given, not by what is in the files.
+    """
     measured = {key: value for key, value in to_plain(cfg).items() if key not in NOT_HASHED}
+    model = measured.get("model")
+    if isinstance(model, dict) and model.get("path") is not None:
+        measured["model"] = {key: value for key, value in model.items() if key in HASHED_WITH_PATH}
     text = json.dumps(measured, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

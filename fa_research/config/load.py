@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fa_research.config.checkpoint import take_from_folder
 from fa_research.config.explain import explain, unknown_key
 from fa_research.config.schemas import WORKLOADS, Config
 from fa_research.config.validate import validate
 from fa_research.errors import ConfigError
 
 
-def load_config(cfg: DictConfig) -> Config:
-    """The typed and validated form of a composed config.
+def load_config(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
+    """The typed and validated form of a composed config; with `model.path`, the model that the folder describes.
+
+    overrides: what was typed, as in `model.num_layers=3`: a key that the folder decides is refused even where the value
+    is the default, which the composed config cannot tell.
 
     Raises:
         ConfigError: unknown keys (forced in with `+` too), missing or mistyped values, impossible combinations; the
@@ -34,6 +38,8 @@ def load_config(cfg: DictConfig) -> Config:
         )
     if type(config.workload) not in WORKLOADS.values():
         raise ConfigError(f"no workload chosen; use workload= with one of {', '.join(WORKLOADS)}")
+    if config.model.path is not None:
+        config.model = take_from_folder(config.model, overrides)
     validate(config)
     return config
 

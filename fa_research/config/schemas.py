@@ -89,6 +89,7 @@ class MaskConfig:
 @dataclass(slots=True)
 class ModelConfig:
     name: str = "tiny"
+    path: str | None = None  # a Hugging Face folder, which then says all but `name` and `dtype`
     num_layers: int = 2
     hidden_size: int = 128
     num_heads: int = 4
@@ -102,6 +103,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     qk_norm: bool = False
+    qkv_bias: bool = False
     dtype: Dtype = Dtype.auto
     mask: MaskConfig = field(default_factory=MaskConfig)
     softcap: float = 0.0

@@ -1,5 +1,5 @@
-"""The Llama family of decoders (Llama 3, Qwen 3 with ``qk_norm``), for inference only and blind to attention
-backends.
+"""The Llama family of decoders (Llama, Mistral, Qwen 2 with ``qkv_bias``, Qwen 3 with ``qk_norm``), for inference
+only and blind to attention backends.
 
 Legend: T tokens of the ragged batch, H query heads, K KV heads, D head dim, V value head dim, E hidden size,
 F intermediate size.
@@ -70,6 +70,7 @@ class LlamaLayer(nn.Module):
         hidden, inner = config.hidden_size, config.intermediate_size
         self.input_norm_E = weight(hidden)
         self.qkv = weight(sum(self.heads) * self.head_dim, hidden)  # rows: all of q, then k, then v
+        self.qkv_bias = weight(self.qkv.shape[0]) if config.qkv_bias else None
         self.q_norm_D = weight(self.head_dim) if config.qk_norm else None
         self.k_norm_D = weight(self.head_dim) if config.qk_norm else None
         self.sinks_H = weight(config.num_heads) if config.sink else None
@@ -103,7 +104,7 @@ class LlamaLayer(nn.Module):
     def _attention(self, x_TE: Tensor, cos_sin_XD: Tensor, attend: Attend) -> Tensor:
         """The heads' outputs side by side, [T, H * V]."""
         num_tokens = x_TE.shape[0]
-        qkv = F.linear(x_TE, self.qkv).view(num_tokens, -1, self.head_dim)
+        qkv = F.linear(x_TE, self.qkv, self.qkv_bias).view(num_tokens, -1, self.head_dim)
         q_THD, k_TKD, v_TKD = qkv.split(self.heads, dim=1)  # views: the kernels take strided tokens
         if self.q_norm_D is not None and self.k_norm_D is not None:
             ops.rms_norm(q_THD, self.q_norm_D, self.eps, out=q_THD)
@@ -156,7 +157,7 @@ class LlamaForCausalLM(nn.Module):
 
     @torch.no_grad()
     def init_random_(self, seed: int) -> None:
-        """Matrices and sinks normal with standard deviation 0.02, norm weights 1. The same seed gives the
+        """Matrices, biases and sinks normal with standard deviation 0.02, norm weights 1. The same seed gives the
         same weights on the same type of device in the same dtype."""
         generator = torch.Generator(device=self.embedding.device).manual_seed(seed)
         for name, weight in self.named_parameters():

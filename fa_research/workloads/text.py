@@ -1,5 +1,5 @@
-"""`workload=text`: real text as byte tokens; prompts that share a prefix are extended in chunks, then decoded
-greedily."""
+"""`workload=text`: real text, as the tokens of a checkpoint's tokenizer or as bytes; prompts that share a prefix are
+extended in chunks, then decoded greedily."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.engine.engine import Engine, Needs
 from fa_research.errors import ConfigError
 from fa_research.kv_cache import CachedRequest
+from fa_research.models.tokenizer import Encode, load_tokenizer
 from fa_research.workloads.base import Case, Pass, Unit, Workload, pick
 
 _BYTE_VALUES = 256
+_BYTES_PER_TOKEN = 64  # far more than any text has: what is encoded of a long text
 
 
 class Text(Workload):
@@ -27,7 +29,8 @@ class Text(Workload):
 
     def needs(self) -> Needs:
         options = self.options
-        if self.config.model.vocab_size < _BYTE_VALUES:
+        self.encode = load_tokenizer(self.config.model)
+        if self.encode is None and self.config.model.vocab_size < _BYTE_VALUES:
             raise ConfigError(
                 f"workload=text uses byte tokens: model.vocab_size={self.config.model.vocab_size} must be at least 256"
             )
@@ -38,7 +41,11 @@ class Text(Workload):
 
     def prepare(self, engine: Engine) -> None:
         self.engine = engine
-        self.prompts = read_prompts(self.options)
+        self.prompts = read_prompts(self.options, self.encode)
+        if self.config.model.path is not None:
+            engine.notes.append(
+                "text as bytes: no tokenizer.json" if self.encode is None else "text by tokenizer.json"
+            )
         self.requests: list[CachedRequest] = []
         self.generated: list[list[int]] = []
         longest = self.options.prompt_len + self.most_steps
@@ -127,21 +134,25 @@ class Text(Workload):
         return self.decoder.state.batch(len(self.requests), max(self.current_pass().seq_lens))
 
 
-def read_prompts(options: object) -> list[list[int]]:
-    """`batch_size` prompts of `prompt_len` bytes: the text's first `shared_prefix_len` bytes, then passages
-    from all over it. Raises ConfigError for a missing or too short text."""
+def read_prompts(options: object, encode: Encode | None = None) -> list[list[int]]:
+    """`batch_size` prompts of `prompt_len` tokens: the text's first `shared_prefix_len`, then passages from all
+    over it (given `encode`, over as much of its beginning as needed). Raises ConfigError for a missing or too short
+    text."""
     text, source = _read_text(options.path)  # type: ignore[attr-defined]
     shared_len, prompt_len = options.shared_prefix_len, options.prompt_len  # type: ignore[attr-defined]
     count = options.batch_size  # type: ignore[attr-defined]
     own_len = prompt_len - shared_len
-    if len(text) < shared_len + count * own_len:
+    needed = shared_len + count * own_len
+    tokens = text if encode is None else encode(text[: needed * _BYTES_PER_TOKEN])
+    if len(tokens) < needed:
         raise ConfigError(
-            f"workload.path={source} holds {len(text)} bytes, {count} prompts of workload.prompt_len={prompt_len} with "
-            f"workload.shared_prefix_len={shared_len} need {shared_len + count * own_len}; give a longer text"
+            f"workload.path={source} holds {len(tokens)} {'bytes' if encode is None else 'tokens'}, {count} prompts of "
+            f"workload.prompt_len={prompt_len} with workload.shared_prefix_len={shared_len} need {needed}; "
+            "give a longer text"
         )
-    stride = (len(text) - shared_len) // count
+    stride = (len(tokens) - shared_len) // count
     starts = [shared_len + i * stride for i in range(count)]
-    return [list(text[:shared_len] + text[start : start + own_len]) for start in starts]
+    return [[*tokens[:shared_len], *tokens[start : start + own_len]] for start in starts]
 
 
 def _read_text(path: str | None) -> tuple[bytes, str]:

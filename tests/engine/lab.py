@@ -97,6 +97,7 @@ class Lab:
     poison: every slot holds NaN until something writes it; for `fa2` and `fa3`, whose kernels may multiply the unused
     end of a request's own last page by an exact zero, a large number, and NaN in the sink page alone.
     specs: what the backend is made for, where layers are to differ; None: the model's own.
+    loaded: a model with 2 KV heads of 64 and its own weights, instead of a random one of the lab's.
     """
 
     place: Place
@@ -111,20 +112,19 @@ class Lab:
     make_backend: MakeBackend | None = None
     specs: tuple[AttentionSpec, ...] | None = None
     seed: int = 0
+    loaded: LlamaForCausalLM | None = None
     model: LlamaForCausalLM = field(init=False)
     backend: AttentionBackend = field(init=False)
     cache: PagedKVCache = field(init=False)
     runner: ModelRunner = field(init=False)
 
     def __post_init__(self) -> None:
-        self.config = ModelConfig(
-            name="lab", num_layers=self.num_layers, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=64,
-            intermediate_size=96, vocab_size=VOCABULARY, max_context_len=self.max_context_len, rope_theta=1e4,
-            mask=MaskConfig(self.mask.name, getattr(self.mask, "size", None)), softcap=self.softcap, sink=self.sink,
-        )  # fmt: skip
         self.device = torch.device(self.place.device)
-        self.model = LlamaForCausalLM(self.config, dtype=self.place.dtype, device=self.device)
-        randomise(self.model, self.seed)
+        if self.loaded is None:
+            self._make_model()
+        else:
+            self.model, self.config = self.loaded, self.loaded.config
+            self.num_layers = self.config.num_layers
         self.specs = self.specs or self.model.attention_specs
         self._make_backend()
         pages = self.num_pages or self.max_requests * -(-self.max_context_len // self.page_size)
@@ -135,6 +135,15 @@ class Lab:
         age(self.cache, self.seed)
         self.poison()
         self.runner = ModelRunner(self.model, self.backend, self.cache)
+
+    def _make_model(self) -> None:
+        self.config = ModelConfig(
+            name="lab", num_layers=self.num_layers, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=64,
+            intermediate_size=96, vocab_size=VOCABULARY, max_context_len=self.max_context_len, rope_theta=1e4,
+            mask=MaskConfig(self.mask.name, getattr(self.mask, "size", None)), softcap=self.softcap, sink=self.sink,
+        )  # fmt: skip
+        self.model = LlamaForCausalLM(self.config, dtype=self.place.dtype, device=self.device)
+        randomise(self.model, self.seed)
 
     def _make_backend(self) -> None:
         assert self.specs is not None

@@ -1,0 +1,78 @@
+"""What `model.path` does to the config: the folder's config.json decides the model's shape. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fa_research.config.hf_config import model_fields
+from fa_research.config.schemas import ModelConfig
+from fa_research.errors import ConfigError
+
+USERS_OWN = frozenset({"name", "path", "dtype"})  # keys of `model` that a folder does not decide
+
+
+def take_from_folder(model: ModelConfig, overrides: Iterable[str] = ()) -> ModelConfig:
+    """`model` with everything but `USERS_OWN` from the folder `model.path`; a default name becomes the folder's.
+
+    Raises:
+        ConfigError: no such folder or config.json; what it asks for is not supported; or a key that it decides was set
+            to something else: the value is not the folder's, and not the default either or among the `overrides`.
+    """
+    assert model.path is not None
+    folder = Path(model.path).expanduser()
+    fields = model_fields(read_config_json(folder), f"model.path={model.path}")
+    name = folder.resolve().name if model.name == ModelConfig().name else model.name
+    found = ModelConfig(name=name, path=model.path, dtype=model.dtype, **fields)
+    if refused := _set_besides(model, found, overrides):
+        raise ConfigError(
+            f"with model.path={model.path} its config.json decides {', '.join(refused)}; leave "
+            f"{'it' if len(refused) == 1 else 'them'} out (model.dtype and model.name can be set)"
+        )
+    return found
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Raises ConfigError, naming `model.path`, unless the folder has a config.json that holds a JSON object."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model.path={folder} is not a folder; give one with config.json and safetensors files, "
+            "downloaded first (names on the Hugging Face hub are not looked up)"
+        )
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"model.path={folder} has no config.json; give a Hugging Face folder") from None
+    except OSError as error:
+        raise ConfigError(f"model.path: {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ConfigError(f"model.path: {file} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"model.path: {file} holds no JSON object")
+    return raw
+
+
+def _set_besides(model: ModelConfig, found: ModelConfig, overrides: Iterable[str]) -> list[str]:
+    """Keys that were set to other than the folder says, each with what it says."""
+    asked, default, decided = (dict(_leaves(dataclasses.asdict(m))) for m in (model, ModelConfig(), found))
+    typed = {override.lstrip("+").partition("=")[0] for override in overrides}
+    keys = [
+        key
+        for key, value in asked.items()
+        if key not in USERS_OWN
+        and value != decided[key]
+        and (value != default[key] or {f"model.{key}", f"model.{key.split('.')[0]}"} & typed)
+    ]
+    return [f"model.{key}={decided[key]} (given: {asked[key]})" for key in keys]
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,255 @@
+"""config.json as the model's shape: what transformers reads from it, what is refused, which keys stay the user's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from fa_research.config import (
+    Config,
+    Dtype,
+    MaskConfig,
+    ModelConfig,
+    RopeScaling,
+    RopeType,
+    config_hash,
+    load_config,
+    to_plain,
+)
+from fa_research.config.checkpoint import take_from_folder
+from fa_research.config.hf_config import FAMILIES, model_fields
+from fa_research.config.store import CONFIG_DIR, register
+from fa_research.errors import ConfigError
+
+# Whole numbers no two of which are alike, so that swapped fields show.
+SIZES = {
+    "num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "intermediate_size": 80, "vocab_size": 300, "max_position_embeddings": 4100,
+}  # fmt: skip
+LLAMA_3 = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+STRETCHED = RopeScaling(RopeType.llama3, 32.0, 1.0, 4.0, 8192)
+
+
+def raw(architecture: str = "Llama", **changes: Any) -> dict[str, Any]:
+    """A config.json; `...` removes a key."""
+    keys = {"architectures": [f"{architecture}ForCausalLM"], "rms_norm_eps": 1e-5, **SIZES, **changes}
+    return {key: value for key, value in keys.items() if value is not ...}
+
+
+def fields(architecture: str = "Llama", **changes: Any) -> ModelConfig:
+    return ModelConfig(**model_fields(raw(architecture, **changes), "here"))
+
+
+def folder_of(path: Path, architecture: str = "Llama", **changes: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(raw(architecture, **changes)))
+    return path
+
+
+def composed(*overrides: str) -> Any:
+    register()
+    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def test_sizes_go_to_their_fields() -> None:
+    assert fields(rope_theta=5e5, tie_word_embeddings=True) == ModelConfig(
+        num_layers=3, hidden_size=96, num_heads=6, num_kv_heads=2, head_dim=16, intermediate_size=80, vocab_size=300,
+        max_context_len=4100, rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "expected"),
+    [
+        ("Llama", {}, {"rope_theta": 10000.0, "head_dim": 16, "tie_word_embeddings": False}),
+        ("Llama", {"num_key_value_heads": ...}, {"num_kv_heads": 6}),
+        ("Mistral", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
+        ("Llama", {"head_dim": 64}, {"head_dim": 64}),
+        ("Llama", {"head_dim": None, "rms_norm_eps": ...}, {"head_dim": 16, "rms_norm_eps": 1e-6}),
+        ("Llama", {"sliding_window": 64}, {"mask": MaskConfig()}),  # transformers does not read it there either
+        ("Qwen2", {}, {"qkv_bias": True, "qk_norm": False, "head_dim": 16, "mask": MaskConfig()}),
+        ("Qwen3", {}, {"qkv_bias": False, "qk_norm": True, "head_dim": 128}),
+        ("Mistral", {"sliding_window": 64}, {"mask": MaskConfig("sliding_window", 64)}),
+        ("Mistral", {}, {"mask": MaskConfig("sliding_window", 4096)}),
+        ("Mistral", {"sliding_window": None}, {"mask": MaskConfig()}),
+        ("Qwen2", {"sliding_window": 64, "use_sliding_window": False}, {"mask": MaskConfig()}),
+        (
+            "Qwen2",
+            {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 3},
+            {"mask": MaskConfig()},
+        ),
+        (
+            "Qwen3",
+            {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 3},
+            {"mask": MaskConfig("sliding_window", 64)},
+        ),
+        ("Qwen3", {"layer_types": ["full_attention"] * 3}, {"mask": MaskConfig()}),
+        ("Llama", {"rope_theta": 5e5, "rope_scaling": LLAMA_3}, {"rope_theta": 5e5, "rope_scaling": STRETCHED}),
+        (
+            "Llama",
+            {"rope_parameters": {**LLAMA_3, "rope_theta": 2e4}},
+            {"rope_theta": 2e4, "rope_scaling": STRETCHED},
+        ),
+        (
+            "Llama",
+            {"rope_scaling": {"type": "default"}, "rope_theta": 7.0},
+            {"rope_theta": 7.0, "rope_scaling": RopeScaling()},
+        ),
+        (
+            "Llama",
+            {"rope_scaling": LLAMA_3, "original_max_position_embeddings": 99},
+            {"rope_scaling": dataclasses.replace(STRETCHED, original_max_position=99)},
+        ),
+    ],
+)  # fmt: skip
+def test_what_transformers_reads(
+    architecture: str, changes: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    found = fields(architecture, **changes)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "says"),
+    [
+        ("Mixtral", {}, "architectures=.*Mixtral.* supported are LlamaForCausalLM, MistralForCausalLM, Qwen2For"),
+        ("Llama", {"architectures": ...}, "architectures=null is not supported"),
+        ("Llama", {"architectures": [["x"]]}, "architectures=.*is not supported"),
+        ("Llama", {"hidden_size": ..., "vocab_size": "9"}, 'hidden_size is missing.*vocab_size="9": expected a whole'),
+        ("Llama", {"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number above 0"),
+        ("Llama", {"num_hidden_layers": True}, "num_hidden_layers=true: expected"),
+        ("Mistral", {"num_key_value_heads": ...}, "num_key_value_heads is missing"),
+        ("Llama", {"tie_word_embeddings": "yes"}, 'tie_word_embeddings="yes": expected true or false'),
+        ("Llama", {"quantization_config": {"bits": 4}}, "quantization_config=.*is not supported"),
+        ("Llama", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("Llama", {"mlp_bias": True}, "mlp_bias=true is not supported"),
+        ("Qwen3", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("Llama", {"num_local_experts": 8}, "num_local_experts=8 is not supported"),
+        ("Llama", {"hidden_act": "gelu"}, 'hidden_act="gelu" is not supported; only silu is'),
+        ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ("Llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
+        ("Llama", {"rope_scaling": {"type": "linear", "factor": 2}}, 'type "linear".*supported are default, llama3'),
+        ("Llama", {"rope_parameters": {"rope_type": "yarn"}}, 'type "yarn" is not supported'),
+        ("Llama", {"rope_parameters": {"full_attention": {}}}, "full_attention={} is not supported"),
+        ("Llama", {"rope_scaling": {**LLAMA_3, "attention_factor": 2}}, "rope_scaling.attention_factor=2 is not"),
+        ("Llama", {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor is missing"),
+        ("Llama", {"rope_scaling": "llama3"}, 'rope_scaling="llama3": expected an object'),
+        ("Llama", {"layer_types": ["sliding_attention"] * 3}, "layer_types=.* is not supported by LlamaFor"),
+        ("Mistral", {"layer_types": ["full_attention"] * 3}, "layer_types=.*other than sliding_attention"),
+        (
+            "Qwen3",
+            {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+            "layers of the kinds full_attention, sliding_attention are not supported",
+        ),
+        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "layers of the kinds full_attention, sliding"),
+        ("Qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types=.*without use_sliding_window"),
+        ("Qwen3", {"layer_types": ["linear_attention"] * 3}, "layers of the kinds linear_attention"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(architecture: str, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"here, config.json: .*{says}"):
+        fields(architecture, **changes)
+
+
+def test_everything_wrong_is_said_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        fields(mlp_bias=True, hidden_act="gelu", vocab_size=-1, rope_scaling={"type": "yarn"})
+    assert all(key in str(caught.value) for key in ("mlp_bias", "hidden_act", "vocab_size", "yarn"))
+
+
+def test_the_folder_decides_the_shape(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "My-Model", "Qwen2")
+    config = load_config(composed(f"model.path={folder}", "model.dtype=float16"), [f"model.path={folder}"])
+    model = config.model
+    assert (model.name, model.path, model.dtype) == ("My-Model", str(folder), Dtype.float16)
+    assert (model.num_layers, model.vocab_size, model.qkv_bias) == (3, 300, True)
+    assert to_plain(config)["model"]["num_layers"] == 3
+    assert load_config(composed(f"model.path={folder}", "model.name=mine")).model.name == "mine"
+
+
+def test_checks_across_keys_see_the_folder(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, max_position_embeddings=5000)
+    overrides = [f"model.path={folder}", "workload=decode", "workload.steps=1"]
+    load_config(composed(*overrides, "workload.context_len=4999"))  # more than the default model has
+    with pytest.raises(ConfigError, match="must be at most model.max_context_len=5000"):
+        load_config(composed(*overrides, "workload.context_len=5000"))
+    with pytest.raises(ConfigError, match="model.head_dim=15: must be even"):
+        load_config(composed(f"model.path={folder_of(tmp_path, head_dim=15)}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.num_layers=5", r"decides model.num_layers=3 \(given: 5\); leave it out"),
+        (
+            "model.num_layers=2",
+            r"decides model.num_layers=3 \(given: 2\); leave it out",
+        ),  # the default, but typed
+        ("++model.sink=true", r"model.sink=False \(given: True\)"),
+        ("model.mask.name=causal", r"model.mask.name=sliding_window \(given: causal\)"),
+        (
+            "model=llama3_8b",
+            r"model.num_layers=3 \(given: 32\), model.hidden_size=96 \(given: 4096\).*leave them",
+        ),
+    ],
+)
+def test_a_key_that_the_folder_decides_cannot_be_set(override: str, says: str, tmp_path: Path) -> None:
+    overrides = [f"model.path={folder_of(tmp_path, 'Mistral')}", override]
+    with pytest.raises(ConfigError, match=says):
+        load_config(composed(*overrides), overrides)
+
+
+def test_a_choice_that_agrees_with_the_folder_is_fine(tmp_path: Path) -> None:
+    shape = load_config(composed("model=llama3_1b")).model
+    rope = {**LLAMA_3, "rope_theta": 5e5}
+    sizes = [16, 2048, 32, 8, 8192, 128256, 131072]
+    folder = folder_of(
+        tmp_path, **dict(zip(SIZES, sizes, strict=True)), rope_parameters=rope, tie_word_embeddings=True
+    )
+    overrides = ["model=llama3_1b", f"model.path={folder}"]
+    assert load_config(composed(*overrides), overrides).model == dataclasses.replace(shape, path=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "has no config.json"),
+        ("{", "config.json is not JSON"),
+        ("[1]", "config.json holds no JSON object"),
+    ],
+)
+def test_a_folder_without_a_config(content: str | None, says: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"model.path.*{tmp_path}.*{says}"):
+        take_from_folder(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", folder_of(tmp_path) / "config.json"):
+        with pytest.raises(ConfigError, match=f"model.path={path} is not a folder.*hub are not looked up"):
+            take_from_folder(ModelConfig(path=str(path)))
+
+
+def test_the_hash_is_that_of_the_path(tmp_path: Path) -> None:
+    """Known before the folder is read, so that a sweep finds its rows again."""
+    paths = [folder_of(tmp_path / name) for name in ("a", "b")]
+    asked = [composed(f"model.path={path}") for path in paths]
+    loaded = [load_config(cfg) for cfg in asked]
+    assert [config_hash(cfg) for cfg in asked] == [config_hash(config) for config in loaded]
+    assert len({config_hash(Config()), *map(config_hash, loaded)}) == 3
+    loaded[0].model.dtype = Dtype.float16
+    assert config_hash(loaded[0]) != config_hash(asked[0])
+
+
+def test_the_supported_architectures() -> None:
+    assert list(FAMILIES) == [f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")]
