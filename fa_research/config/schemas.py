@@ -81,9 +81,8 @@ class RopeScaling:
 @dataclass(slots=True)
 class MaskConfig:
     name: str = "causal"
-    size: int | None = (
-        None  # tokens: window of sliding_window, chunk of chunked; None for the masks without a size
-    )
+    # tokens: window of sliding_window, chunk of chunked; None for the masks without a size
+    size: int | None = None
 
 
 @dataclass(slots=True)
@@ -139,9 +138,8 @@ class DecodeWorkload(WorkloadConfig):
     batch_size: int = 8
     context_len: int = 512
     steps: int = 16
-    length_spread: float = (
-        0.0  # 0: all requests alike; 0.5: lengths from half of context_len up to context_len
-    )
+    # 0: all requests alike; 0.5: lengths from half of context_len up to context_len
+    length_spread: float = 0.0
 
 
 @dataclass(slots=True)

@@ -44,9 +44,8 @@ class Engine:
     dtype: torch.dtype
     graph_mode: GraphMode
     notes: list[str] = field(default_factory=list)
-    decode_mode: GraphMode | None = (
-        None  # of the last decode runner: off where the batch passes the captured sizes
-    )
+    # of the last decode runner: off where the batch passes the captured sizes
+    decode_mode: GraphMode | None = None
 
     @property
     def backend(self) -> AttentionBackend:

@@ -113,9 +113,8 @@ def _attention_parts(
             # What plans on the host, or depends on the host's lengths, is timed as it runs: without a graph.
             timing = timer.time(run, samples, graph=graph and name != "metadata")
             result.metrics |= timing.metrics(name)
-    result.metrics["attention_timing_method"] = (
-        timing.method
-    )  # the KV write's too; the metadata's is timing_method
+    # The KV write's too; the metadata's is timing_method.
+    result.metrics["attention_timing_method"] = timing.method
     work = attention_work(workload.current_pass(), engine.specs, engine.dtype.itemsize)
     microseconds = result.metrics["attention_us"]
     result.metrics["attention_GB_per_s"] = work.bytes / microseconds / 1e3
