@@ -43,7 +43,7 @@ EXTEND = [(1, 8192, 8192), (1, 32768, 32768), (4, 18432, 2048), (4, 4096, 4096)]
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 COLD_BYTES = 256 << 20
 ROUNDS = 25
-Variant = tuple[str, Callable[[], object]]
+Variant = tuple[str, Callable[[], object], dict[str, float | bool]]  # name, what runs, its check
 
 
 def spec_of(head_dim: int) -> AttentionSpec:
@@ -130,16 +130,19 @@ def variants(cache: PagedKVCache, batch: ForwardBatch, q: torch.Tensor) -> list[
         backend = create(name, settings, specs)
         backend.init_forward_metadata(batch, cache.req_to_token.req_to_token)
         attend = PagedAttention(backend, cache.kv, batch, backend.lowerings)
-        check(attend, cache, batch, q)
-        found.append((name, lambda attend=attend: [attend.read(layer, q) for layer in range(layers)]))  # type: ignore[misc]
+        checks = check(attend, cache, batch, q)
+        run = lambda attend=attend: [attend.read(layer, q) for layer in range(layers)]  # noqa: E731
+        found.append((name, run, checks))
         if name == "fa3" and backend.provider == "vllm.vllm_flash_attn":
-            found.append(("fa3_bare", bare_fa3(backend, cache, q, scheduled=False)))
-            found.append(("fa3_bare_scheduled", bare_fa3(backend, cache, q, scheduled=True)))
+            found.append(("fa3_bare", bare_fa3(backend, cache, q, scheduled=False), {}))
+            found.append(("fa3_bare_scheduled", bare_fa3(backend, cache, q, scheduled=True), {}))
     return found
 
 
-def check(attend: PagedAttention, cache: PagedKVCache, batch: ForwardBatch, q: torch.Tensor) -> None:
-    """One request's outputs (its last 64 rows) against float64; raises AssertionError."""
+def check(
+    attend: PagedAttention, cache: PagedKVCache, batch: ForwardBatch, q: torch.Tensor
+) -> dict[str, float | bool]:
+    """One request's outputs (its last 64 rows) against float64, as columns; raises AssertionError."""
     i = batch.batch_size - 1
     seq_len, extend_len = batch.seq_lens_cpu[i], min(64, batch.max_seq_len_q)
     out = attend.read(0, q)[-extend_len:]
@@ -162,6 +165,7 @@ def check(attend: PagedAttention, cache: PagedKVCache, batch: ForwardBatch, q: t
     )
     verdict = judge([(out, baseline, reference)])
     assert verdict.passed, verdict
+    return verdict.checks("attention")
 
 
 def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -204,7 +208,8 @@ def run_cell(requests: int, length: int, new: int, page_size: int, head_dim: int
     q = torch.randn(requests * new, 32, head_dim, dtype=DTYPE, device=DEVICE)
     with torch.inference_mode():
         found = variants(cache, batch, q)
-        samples = interleave({name: capture(run) for name, run in found}, cache.kv.num_layers)
+        samples = interleave({name: capture(run) for name, run, _ in found}, cache.kv.num_layers)
+    checks = {name: columns for name, _, columns in found}
     lens = [length] * requests
     work = attention_work(
         Pass([], lens, [new] * requests, requests * new, batch.mode), [spec_of(head_dim)], DTYPE.itemsize
@@ -228,7 +233,9 @@ def run_cell(requests: int, length: int, new: int, page_size: int, head_dim: int
             "TFLOP_per_s": work.flops / us / 1e6,
             "speed_against_fa3": reference / us,
         }
-        writer.write(Row(Status.ok, config | {"variant": name}, metrics=metrics, environment=environment()))
+        writer.write(
+            Row(Status.ok, config | {"variant": name}, "", metrics, checks[name], environment=environment())
+        )
         rate = metrics["TFLOP_per_s"] if new > 1 else metrics["GB_per_s"]
         line += f"| {name} {us:8.1f} us {rate:6.0f} {reference / us:5.2f} "
     print(line, flush=True)

@@ -6,21 +6,20 @@ import random
 
 import torch
 
-from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.engine.engine import Engine, Needs
 from fa_research.workloads.base import (
     Case,
     Pass,
     Unit,
-    Workload,
     fill_context,
     open_with_context,
     pick,
     random_tokens,
 )
+from fa_research.workloads.decoding import Decoding
 
 
-class Decode(Workload):
+class Decode(Decoding):
     """The context is random keys and values, so no prefill precedes; `length_spread` makes lengths unequal."""
 
     name = "decode"
@@ -54,10 +53,7 @@ class Decode(Workload):
         return [Unit("decode_step", self.decoder.step, size, steps, host_time=True, reset=self._restart)]
 
     def _restart(self) -> None:
-        self.decoder.flush()
-        for request, context_len in zip(self.requests, self._context_lens(), strict=True):
-            request.seq_len = context_len
-        self.decoder.start(self.requests, self.tokens)
+        self.restart(self._context_lens(), self.tokens)
 
     def checked_passes(self) -> tuple[list[Pass], list[Case]]:
         self.decoder.flush()
@@ -74,13 +70,3 @@ class Decode(Workload):
             for i in pick(len(self.requests), self.config.measure.check_requests)
         ]
         return result, cases
-
-    def current_pass(self) -> Pass:
-        self.decoder.flush()
-        size = len(self.requests)
-        rows, lens = [r.row for r in self.requests], [r.seq_len for r in self.requests]
-        return Pass(rows, lens, [1] * size, self.decoder.padded_size, ForwardMode.DECODE)
-
-    def batch(self) -> ForwardBatch:
-        lens = self.current_pass().seq_lens
-        return self.decoder.state.batch(len(self.requests), max(lens))

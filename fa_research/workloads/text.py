@@ -9,18 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fa_research.batch import ForwardBatch, ForwardMode
+from fa_research.batch import ForwardMode
+from fa_research.config import TextWorkload
 from fa_research.engine.engine import Engine, Needs
 from fa_research.errors import ConfigError
 from fa_research.kv_cache import CachedRequest
 from fa_research.models.tokenizer import Encode, load_tokenizer
-from fa_research.workloads.base import Case, Pass, Unit, Workload, pick
+from fa_research.workloads.base import Case, Pass, Unit, pick
+from fa_research.workloads.decoding import Decoding
 
 _BYTE_VALUES = 256
 _BYTES_PER_TOKEN = 64  # far more than any text has: what is encoded of a long text
 
 
-class Text(Workload):
+class Text(Decoding):
     """The shared prefix is computed once, in a request of its own; the prompts fork from it, whole pages at a
     time, and extend what is left."""
 
@@ -82,10 +84,7 @@ class Text(Workload):
         return logits
 
     def _restart(self) -> None:
-        self.decoder.flush()
-        for request in self.requests:
-            request.seq_len = self.options.prompt_len
-        self.decoder.start(self.requests, self.first_tokens)
+        self.restart([self.options.prompt_len] * len(self.requests), self.first_tokens)
 
     def checked_passes(self) -> tuple[list[Pass], list[Case]]:
         """The prompts and `steps` greedy tokens; every token's logits are kept for the checked requests."""
@@ -124,23 +123,14 @@ class Text(Workload):
         rows = [request.row for request in self.requests]
         return Pass(rows, [prompt_len] * size, [last] * size, last * size, ForwardMode.EXTEND)
 
-    def current_pass(self) -> Pass:
-        self.decoder.flush()
-        size = len(self.requests)
-        rows, lens = [r.row for r in self.requests], [r.seq_len for r in self.requests]
-        return Pass(rows, lens, [1] * size, self.decoder.padded_size, ForwardMode.DECODE)
 
-    def batch(self) -> ForwardBatch:
-        return self.decoder.state.batch(len(self.requests), max(self.current_pass().seq_lens))
-
-
-def read_prompts(options: object, encode: Encode | None = None) -> list[list[int]]:
+def read_prompts(options: TextWorkload, encode: Encode | None = None) -> list[list[int]]:
     """`batch_size` prompts of `prompt_len` tokens: the text's first `shared_prefix_len`, then passages from all
     over it (given `encode`, over as much of its beginning as needed). Raises ConfigError for a missing or too short
     text."""
-    text, source = _read_text(options.path)  # type: ignore[attr-defined]
-    shared_len, prompt_len = options.shared_prefix_len, options.prompt_len  # type: ignore[attr-defined]
-    count = options.batch_size  # type: ignore[attr-defined]
+    text, source = _read_text(options.path)
+    shared_len, prompt_len = options.shared_prefix_len, options.prompt_len
+    count = options.batch_size
     own_len = prompt_len - shared_len
     needed = shared_len + count * own_len
     tokens = text if encode is None else encode(text[: needed * _BYTES_PER_TOKEN])

@@ -1,0 +1,34 @@
+"""What workloads that decode share: a batch of requests, its decode runner, and how it is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fa_research.batch import ForwardBatch, ForwardMode
+from fa_research.engine.decode import DecodeRunner
+from fa_research.kv_cache import CachedRequest
+from fa_research.workloads.base import Pass, Workload
+
+
+class Decoding(Workload):
+    """A workload whose `requests` are decoded by `decoder`; `prepare` makes both."""
+
+    requests: list[CachedRequest]
+    decoder: DecodeRunner
+
+    def restart(self, context_lens: Sequence[int], last_tokens: Tensor) -> None:
+        """Decode again from these many tokens in the cache on: what the steps since then wrote is written over."""
+        self.decoder.flush()
+        for request, context_len in zip(self.requests, context_lens, strict=True):
+            request.seq_len = context_len
+        self.decoder.start(self.requests, last_tokens)
+
+    def current_pass(self) -> Pass:
+        self.decoder.flush()
+        rows, lens = [r.row for r in self.requests], [r.seq_len for r in self.requests]
+        return Pass(rows, lens, [1] * len(rows), self.decoder.padded_size, ForwardMode.DECODE)
+
+    def batch(self) -> ForwardBatch:
+        return self.decoder.state.batch(len(self.requests), max(self.current_pass().seq_lens))
