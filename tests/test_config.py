@@ -129,7 +129,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["backend=fa9"], ["backend=fa9 is unknown", "choose one of auto, "]),
     (["page_size=16"], ["unknown key page_size", "did you mean kv.page_size?"]),
     (["+page_size=16"], ["unknown key page_size", "did you mean kv.page_size?"]),
-    (["mask.size=16"], ["unknown key mask", "did you mean model.mask?"]),
+    (["mask.size=16"], ["unknown key mask", "did you mean model.mask"]),
     (["batch_size=4"], ["unknown key batch_size", "did you mean workload.batch_size?"]),
     (["mode=off"], ["unknown key mode", "did you mean cuda_graph.mode or tracking.mode?"]),
     (["steps=4"], ["unknown key steps", "did you mean workload.steps?"]),

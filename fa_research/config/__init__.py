@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fa_research.config.checkpoint import checkpoint_folder
 from fa_research.config.hashing import config_hash, to_plain
 from fa_research.config.load import load_config
 from fa_research.config.schemas import (
     WORKLOADS,
+    Activation,
     BackendConfig,
     Config,
     CudaGraphConfig,
@@ -18,12 +20,15 @@ from fa_research.config.schemas import (
     KVConfig,
     L2State,
     Level,
+    LocalConfig,
     MaskConfig,
     MeasureConfig,
     MixedWorkload,
     ModelConfig,
+    MoEConfig,
     RopeScaling,
     RopeType,
+    SamplingConfig,
     TextWorkload,
     TrackingConfig,
     TrackingMode,
@@ -33,6 +38,7 @@ from fa_research.config.validate import validate
 
 __all__ = [
     "WORKLOADS",
+    "Activation",
     "BackendConfig",
     "Config",
     "CudaGraphConfig",
@@ -45,16 +51,20 @@ __all__ = [
     "KVConfig",
     "L2State",
     "Level",
+    "LocalConfig",
     "MaskConfig",
     "MeasureConfig",
     "MixedWorkload",
+    "MoEConfig",
     "ModelConfig",
     "RopeScaling",
     "RopeType",
+    "SamplingConfig",
     "TextWorkload",
     "TrackingConfig",
     "TrackingMode",
     "WorkloadConfig",
+    "checkpoint_folder",
     "config_hash",
     "load_config",
     "to_plain",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,23 @@ from fa_research.config.hf_config import model_fields
 from fa_research.config.schemas import ModelConfig
 from fa_research.errors import ConfigError
 
+PACKAGE = "pkg://"
 USERS_OWN = frozenset({"name", "path", "dtype"})  # keys of `model` that a folder does not decide
+
+
+def checkpoint_folder(path: str) -> Path:
+    """The folder that `model.path` names; `pkg://` and a dotted package in front, as in Hydra's search paths, find what
+    is installed with a package. Raises ConfigError for a package that is not installed."""
+    if not path.startswith(PACKAGE):
+        return Path(path).expanduser()
+    package, _, rest = path.removeprefix(PACKAGE).partition("/")
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(f"model.path={path}: there is no package {package}; give pkg://<package>/<folder>")
+    return Path(found.submodule_search_locations[0]) / rest
 
 
 def take_from_folder(model: ModelConfig, overrides: Iterable[str] = ()) -> ModelConfig:
@@ -23,7 +40,7 @@ def take_from_folder(model: ModelConfig, overrides: Iterable[str] = ()) -> Model
             to something else: the value is not the folder's, and not the default either or among the `overrides`.
     """
     assert model.path is not None
-    folder = Path(model.path).expanduser()
+    folder = checkpoint_folder(model.path)
     fields = model_fields(read_config_json(folder), f"model.path={model.path}")
     name = folder.resolve().name if model.name == ModelConfig().name else model.name
     found = ModelConfig(name=name, path=model.path, dtype=model.dtype, **fields)

@@ -156,7 +156,7 @@ def _rope(reader: _Reader) -> dict[str, Any]:
 
 
 def _llama3(rope: _Reader, reader: _Reader) -> RopeScaling:
-    numbers = {key: rope.number(key) for key in _LLAMA3_NUMBERS}
+    numbers: dict[str, Any] = {key: rope.number(key) for key in _LLAMA3_NUMBERS}
     key = "original_max_position_embeddings"  # beside the table it comes first, as in transformers
     length = reader if reader.raw.get(key) else rope
     original = length.whole(key, reader.raw.get("max_position_embeddings"))

@@ -33,7 +33,17 @@ class Dtype(_Choice):
 
 class RopeType(_Choice):
     none = "none"
+    linear = "linear"
+    dynamic = "dynamic"
     llama3 = "llama3"
+    yarn = "yarn"
+    longrope = "longrope"
+
+
+class Activation(_Choice):
+    silu = "silu"
+    gelu_tanh = "gelu_tanh"
+    swiglu_clamped = "swiglu_clamped"  # gpt-oss: gate * sigmoid(1.702 gate) * (up + 1), both clamped at 7
 
 
 class GraphMode(_Choice):
@@ -73,9 +83,17 @@ class BackendConfig:
 class RopeScaling:
     type: RopeType = RopeType.none
     factor: float = 8.0
-    low_freq_factor: float = 1.0
+    original_max_position: int = 8192  # tokens; the context that the model was first trained on
+    low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None  # yarn, longrope: on queries and keys; None: from the factor
+    short_factor: list[float] = field(default_factory=list)  # longrope: one for each pair of dimensions
+    long_factor: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -86,9 +104,31 @@ class MaskConfig:
 
 
 @dataclass(slots=True)
+class LocalConfig:
+    """Layers that see less than the others (Gemma, gpt-oss, Llama 4)."""
+
+    pattern: list[bool] = field(
+        default_factory=list
+    )  # layer i is local if pattern[i % len(pattern)]; []: none
+    mask: MaskConfig = field(default_factory=lambda: MaskConfig("sliding_window", 1024))
+    rope_theta: float | None = None  # a rotation of their own, without scaling; None: that of the others
+
+
+@dataclass(slots=True)
+class MoEConfig:
+    """A mixture of experts in the place of the MLP; `model.intermediate_size` is that of one expert."""
+
+    num_experts: int = 0  # 0: a dense MLP
+    experts_per_token: int = 2
+    norm_topk_prob: bool = True  # the weights of the chosen experts sum to 1
+    bias: bool = False  # of the router and of the experts (gpt-oss)
+
+
+@dataclass(slots=True)
 class ModelConfig:
     name: str = "tiny"
     path: str | None = None  # a Hugging Face folder, which then says all but `name` and `dtype`
+    architecture: str = "LlamaForCausalLM"  # transformers' name; with a path, what config.json says
     num_layers: int = 2
     hidden_size: int = 128
     num_heads: int = 4
@@ -103,10 +143,18 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qk_norm: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False
+    post_norms: bool = False  # of the attention's and the MLP's outputs too, before they are added (Gemma)
+    activation: Activation = Activation.silu
+    embedding_scale: float = 1.0
+    logit_softcap: float = 0.0  # of the head's logits; 0: none
     dtype: Dtype = Dtype.auto
     mask: MaskConfig = field(default_factory=MaskConfig)
-    softcap: float = 0.0
+    local: LocalConfig = field(default_factory=LocalConfig)
+    attention_scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    softcap: float = 0.0  # of the scores; 0: none
     sink: bool = False
+    moe: MoEConfig = field(default_factory=MoEConfig)
 
 
 @dataclass(slots=True)
@@ -123,6 +171,17 @@ class KVConfig:
 class CudaGraphConfig:
     mode: GraphMode = GraphMode.auto
     batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+
+
+@dataclass(slots=True)
+class SamplingConfig:
+    """How tokens are chosen from logits; request i draws from a stream of its own, `seed + i`."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0  # 1: all
+    min_p: float = 0.0  # of the likeliest token's probability; 0: all
+    seed: int | None = None  # None: the run's seed
 
 
 @dataclass(slots=True)
@@ -169,6 +228,8 @@ class TextWorkload(WorkloadConfig):
     shared_prefix_len: int = 128
     chunk_size: int = 96
     steps: int = 32
+    generate: int = 0  # tokens of text to show, following `prompt`
+    prompt: str | None = None  # None: the text's beginning
 
 
 @dataclass(slots=True)
@@ -206,6 +267,7 @@ class Config:
     kv: KVConfig = field(default_factory=KVConfig)
     cuda_graph: CudaGraphConfig = field(default_factory=CudaGraphConfig)
     workload: WorkloadConfig = field(default_factory=TextWorkload)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)

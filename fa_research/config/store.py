@@ -14,7 +14,18 @@ from fa_research.config.hashing import config_hash
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 # In the order in which --help lists them.
-GROUPS = ("backend", "model", "kv", "cuda_graph", "workload", "measure", "tracking", "experiment", "debug")
+GROUPS = (
+    "backend",
+    "model",
+    "kv",
+    "cuda_graph",
+    "workload",
+    "sampling",
+    "measure",
+    "tracking",
+    "experiment",
+    "debug",
+)
 
 
 def choices(group: str) -> list[str]:

@@ -17,7 +17,7 @@ from fa_research.measure.oracle import Oracle, check_attention, compare_logits, 
 from fa_research.measure.roofline import measure_roof
 from fa_research.measure.timing import Timer, Timing
 from fa_research.measure.work import attention_work
-from fa_research.models import LlamaForCausalLM
+from fa_research.models import Decoder
 from fa_research.workloads.base import Unit, Workload
 
 _ABOVE_ROOF = 1.05  # the roof itself is measured, so a little above it is noise
@@ -125,7 +125,7 @@ def _attention_parts(
 def _roof(engine: Engine, workload: Workload, unit: Unit, timing: Timing, result: Measurement) -> None:
     """The share of the roof that a model's unit reached: weights and cache read once, or its multiply-adds."""
     model = engine.runner.model
-    if not isinstance(model, LlamaForCausalLM) or unit.name == "prefill":
+    if not isinstance(model, Decoder) or unit.name == "prefill":
         return
     done = workload.current_pass()
     work = attention_work(done, engine.specs, engine.dtype.itemsize)

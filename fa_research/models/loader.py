@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fa_research.errors import CheckpointError
-from fa_research.models.llama import LlamaForCausalLM, LlamaLayer
+from fa_research.models.decoder import Decoder, DecoderLayer
 
 # Given what is done and how many steps it takes: a context that yields the function to call after each step.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
@@ -33,7 +33,7 @@ def silent(what: str, total: int) -> AbstractContextManager[Callable[[], object]
 
 
 @torch.no_grad()
-def load_weights(model: LlamaForCausalLM, folder: Path, progress: Progress = silent) -> None:
+def load_weights(model: Decoder, folder: Path, progress: Progress = silent) -> None:
     """Fill all weights of `model` from `folder`, whatever floating dtype they are stored in. Nothing is written before
     every name, shape and dtype has been checked.
 
@@ -51,7 +51,7 @@ def load_weights(model: LlamaForCausalLM, folder: Path, progress: Progress = sil
                 tick()
 
 
-def weight_targets(model: LlamaForCausalLM) -> dict[str, Tensor]:
+def weight_targets(model: Decoder) -> dict[str, Tensor]:
     """Name in a checkpoint -> where it goes: a parameter, or the rows of a fused one that are its own."""
     targets: dict[str, Tensor] = {
         "model.embed_tokens.weight": model.embedding,
@@ -60,12 +60,12 @@ def weight_targets(model: LlamaForCausalLM) -> dict[str, Tensor]:
     if model.head is not model.embedding:
         targets[HEAD] = model.head
     for i, layer in enumerate(model.layers):
-        assert isinstance(layer, LlamaLayer)
+        assert isinstance(layer, DecoderLayer)
         targets |= {f"model.layers.{i}.{name}": target for name, target in _layer_targets(layer).items()}
     return targets
 
 
-def _layer_targets(layer: LlamaLayer) -> dict[str, Tensor]:
+def _layer_targets(layer: DecoderLayer) -> dict[str, Tensor]:
     rows = [heads * layer.head_dim for heads in layer.heads]
     projections = [f"self_attn.{letter}_proj" for letter in "qkv"]
     targets = {f"{name}.weight": part for name, part in zip(projections, layer.qkv.split(rows), strict=True)}
@@ -142,9 +142,7 @@ def _shards(index: Path) -> list[str]:
         ) from error
 
 
-def _check(
-    folder: Path, model: LlamaForCausalLM, targets: dict[str, Tensor], sources: dict[str, Any]
-) -> None:
+def _check(folder: Path, model: Decoder, targets: dict[str, Tensor], sources: dict[str, Any]) -> None:
     """Raises CheckpointError with all that keeps the tensors from being the model's."""
     problems = []
     if missing := [name for name in targets if name not in sources]:
@@ -169,7 +167,7 @@ def _check(
         )
 
 
-def _is_spare(folder: Path, name: str, model: LlamaForCausalLM, sources: dict[str, Any]) -> bool:
+def _is_spare(folder: Path, name: str, model: Decoder, sources: dict[str, Any]) -> bool:
     """What checkpoints may hold besides: frequencies of the rotation, which config.json gives too; and the head once
     more where it is tied, if it is the same."""
     if name.endswith(".rotary_emb.inv_freq"):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fa_research.config import ModelConfig
+from fa_research.config import ModelConfig, checkpoint_folder
 from fa_research.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"
@@ -21,7 +21,7 @@ def load_tokenizer(config: ModelConfig) -> Encode | None:
         CheckpointError: `tokenizers` is not installed, or the file is broken; later, for a token that does not fit
             `config.vocab_size`.
     """
-    file = Path(config.path).expanduser() / TOKENIZER if config.path is not None else None
+    file = checkpoint_folder(config.path) / TOKENIZER if config.path is not None else None
     if file is None or not file.exists():
         return None
     tokenizer = _read(file)

@@ -21,7 +21,7 @@ from fa_research.engine.decode import DecodeRunner
 from fa_research.engine.model_runner import ModelRunner
 from fa_research.kv_cache import CachedRequest, PagedKVCache
 from fa_research.masks import Causal, Mask
-from fa_research.models import LlamaForCausalLM
+from fa_research.models import Decoder
 from fa_research.spec import AttentionSpec
 from tests.helpers import age, assert_accurate, make_cache
 
@@ -112,8 +112,8 @@ class Lab:
     make_backend: MakeBackend | None = None
     specs: tuple[AttentionSpec, ...] | None = None
     seed: int = 0
-    loaded: LlamaForCausalLM | None = None
-    model: LlamaForCausalLM = field(init=False)
+    loaded: Decoder | None = None
+    model: Decoder = field(init=False)
     backend: AttentionBackend = field(init=False)
     cache: PagedKVCache = field(init=False)
     runner: ModelRunner = field(init=False)
@@ -142,7 +142,7 @@ class Lab:
             intermediate_size=96, vocab_size=VOCABULARY, max_context_len=self.max_context_len, rope_theta=1e4,
             mask=MaskConfig(self.mask.name, getattr(self.mask, "size", None)), softcap=self.softcap, sink=self.sink,
         )  # fmt: skip
-        self.model = LlamaForCausalLM(self.config, dtype=self.place.dtype, device=self.device)
+        self.model = Decoder(self.config, dtype=self.place.dtype, device=self.device)
         randomise(self.model, self.seed)
 
     def _make_backend(self) -> None:
@@ -203,7 +203,7 @@ class Lab:
     def oracle(self, sequence: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
         """Logits [T, X] of the whole sequence without engine, backend or cache."""
         assert self.specs is not None
-        model = LlamaForCausalLM(self.config, dtype=dtype, device=self.device)
+        model = Decoder(self.config, dtype=dtype, device=self.device)
         model.load_state_dict(self.model.state_dict())
         ids_T = torch.tensor(sequence, device=self.device)
         return model.compute_logits(model(ids_T, WholeSequence(self.specs)))
@@ -215,7 +215,7 @@ class Lab:
         assert_accurate(logits, exact, low, softcap=self.softcap, what=what)
 
 
-def randomise(model: LlamaForCausalLM, seed: int) -> None:
+def randomise(model: Decoder, seed: int) -> None:
     """Weights so large that attention is far from uniform and decides the logits."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():

@@ -156,7 +156,7 @@ def _own(lab: Lab, prompts: list[list[int]]) -> tuple[list, list[list[int]], tor
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_greedy_tokens_are_those_of_transformers(place: Place, page_size: int) -> None:
     transformers = pytest.importorskip("transformers", reason="the GPU suite runs without it")
-    from tests.models.test_llama import copy_weights
+    from tests.models.test_decoder import copy_weights
 
     lab = Lab(place, page_size)
     config = lab.config

@@ -13,7 +13,7 @@ from fa_research.measure.cell import Measurement, _attention_parts, _fraction, m
 from fa_research.measure.roofline import Roof, measure_roof
 from fa_research.measure.timing import Timer
 from fa_research.measure.work import attention_work
-from fa_research.models import LlamaForCausalLM
+from fa_research.models import Decoder
 from tests.workloads.cells import LEVELS, cell, prepared
 
 UNITS = {
@@ -57,7 +57,7 @@ def test_memory_columns() -> None:
     kv = engine.cache.kv
     assert metrics["kv_pool_bytes"] == kv.k_LNKD.nbytes + kv.v_LNKV.nbytes
     assert metrics["kv_num_pages"] == 3
-    assert isinstance(engine.runner.model, LlamaForCausalLM)
+    assert isinstance(engine.runner.model, Decoder)
     assert metrics["model_weight_bytes"] == engine.runner.model.weight_bytes
 
 

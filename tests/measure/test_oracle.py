@@ -20,7 +20,7 @@ from fa_research.measure.oracle import (
     float64_weights,
     reprefill,
 )
-from fa_research.models import LlamaForCausalLM
+from fa_research.models import Decoder
 from fa_research.workloads import Workload
 from fa_research.workloads.base import Case
 from tests.engine.lab import EXACT, Lab, WholeSequence, prompts_of
@@ -66,7 +66,7 @@ MISTAKES = [
 def strong(engine: Engine) -> None:
     """Random weights of the usual size make attention almost uniform, and a wrong scale all but invisible."""
     model = engine.runner.model
-    if isinstance(model, LlamaForCausalLM):
+    if isinstance(model, Decoder):
         for layer in model.layers:
             layer.qkv *= 8
 
@@ -219,14 +219,14 @@ def state(model: nn.Module) -> dict[str, tuple[int, torch.dtype, tuple[int, ...]
     return {name: (p.data_ptr(), p.dtype, p.stride()) for name, p in model.named_parameters()}
 
 
-def small_model(device: str, tied: bool) -> LlamaForCausalLM:
+def small_model(device: str, tied: bool) -> Decoder:
     config = model_config(tie_word_embeddings=tied)
-    model = LlamaForCausalLM(config, dtype=torch.bfloat16, device=device)
+    model = Decoder(config, dtype=torch.bfloat16, device=device)
     model.init_random_(0)
     return model
 
 
-def whole(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+def whole(model: Decoder, ids: Tensor) -> Tensor:
     return model.compute_logits(model(ids, WholeSequence(model.attention_specs)))
 
 
@@ -241,7 +241,7 @@ def test_float64_weights_compute_in_float64_and_leave_no_trace(device: str, tied
         inside = {p.dtype for p in model.layers.parameters()}
         high = whole(model, ids)
     assert set(outside.values()) == {torch.float64} and inside == {torch.bfloat16}  # one layer at a time
-    reference = LlamaForCausalLM(model.config, dtype=torch.float64, device=device)
+    reference = Decoder(model.config, dtype=torch.float64, device=device)
     reference.load_state_dict(values)
     assert high.dtype == torch.float64
     torch.testing.assert_close(high, whole(reference, ids), rtol=1e-12, atol=1e-12)
@@ -283,7 +283,7 @@ def test_a_check_leaves_the_weights_of_captured_steps_where_they_are() -> None:
 def test_case_logits_follow_the_weights_at_hand() -> None:
     workload, engine = prepared(cell("extend"))
     _, cases = workload.checked_passes()
-    assert isinstance(engine.runner.model, LlamaForCausalLM)
+    assert isinstance(engine.runner.model, Decoder)
     case: Case = cases[0]
     with torch.no_grad():
         before = case_logits(engine, case, torch.float32)

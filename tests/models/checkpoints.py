@@ -13,7 +13,7 @@ import torch
 
 from fa_research.config import Dtype, ModelConfig
 from fa_research.config.checkpoint import take_from_folder
-from fa_research.models import LlamaForCausalLM, build_model
+from fa_research.models import Decoder, build_model
 from tests.engine.lab import VOCABULARY
 
 REASON = "the extra hf is not installed"
@@ -72,7 +72,7 @@ def save(
     return model
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     """What we make of a folder, on the CPU."""
     config = take_from_folder(ModelConfig(path=str(folder), dtype=Dtype.float32))
     return build_model(config, dtype=dtype, device="cpu", seed=0)

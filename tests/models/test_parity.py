@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fa_research.models import LlamaForCausalLM
+from fa_research.models import Decoder
 from tests.engine.lab import EAGER, INTERPRETED, PADDED, Decoded, Lab, Place, decode, prompts_of
 from tests.engine.test_decode_equals_prefill import incremental
 from tests.models.checkpoints import PEERS, WINDOW, load, save
@@ -23,7 +23,7 @@ class Pair:
     """The same checkpoint on both sides."""
 
     theirs: torch.nn.Module
-    ours: LlamaForCausalLM
+    ours: Decoder
 
     @torch.no_grad()
     def expected(self, sequence: list[int]) -> Tensor:

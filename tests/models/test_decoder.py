@@ -13,7 +13,7 @@ from transformers import Qwen3ForCausalLM as PeerQwen3
 
 from fa_research.config import MaskConfig, ModelConfig, RopeScaling, RopeType
 from fa_research.masks import SlidingWindow
-from fa_research.models import LlamaForCausalLM, attention_specs, build_model
+from fa_research.models import Decoder, attention_specs, build_model
 
 LLAMA_3 = RopeScaling(
     RopeType.llama3, factor=8.0, original_max_position=16
@@ -88,7 +88,7 @@ def peer(config: ModelConfig) -> torch.nn.Module:
     return model.eval()
 
 
-def copy_weights(model: LlamaForCausalLM, theirs: dict[str, Tensor]) -> None:
+def copy_weights(model: Decoder, theirs: dict[str, Tensor]) -> None:
     """Every weight of theirs to its place in ours."""
     ours: dict[str, Tensor] = {
         "embedding": theirs["model.embed_tokens.weight"],
@@ -116,7 +116,7 @@ def copy_weights(model: LlamaForCausalLM, theirs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_are_those_of_transformers(config: ModelConfig) -> None:
     theirs = peer(config)
-    model = LlamaForCausalLM(config, dtype=torch.float32, device="cpu")
+    model = Decoder(config, dtype=torch.float32, device="cpu")
     copy_weights(model, theirs.state_dict())
     ids = torch.randint(0, config.vocab_size, (40,))
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_inference_only() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_weight_bytes(tied: bool) -> None:
     config = dataclasses.replace(SMALL, tie_word_embeddings=tied)
-    model = LlamaForCausalLM(config, dtype=torch.float16, device="cpu")
+    model = Decoder(config, dtype=torch.float16, device="cpu")
     layer = (6 + 2 + 2) * 32 * 96 + 96 * 6 * 32 + 3 * 96 * 80 + 2 * 96
     assert model.weight_bytes == 2 * (3 * layer + 96 + (1 if tied else 2) * 120 * 96)
     assert model.step_weight_bytes == 2 * (3 * layer + 96 + 120 * 96)
@@ -211,11 +211,6 @@ def test_attention_specs_follow_the_config_and_allocate_nothing() -> None:
     )
 
 
-def test_unknown_architecture_names_the_choices() -> None:
-    with pytest.raises(ValueError, match="architecture='mamba' is unknown; choose one of llama"):
-        build_model(SMALL, dtype=torch.float32, device="cpu", seed=0, architecture="mamba")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -228,7 +223,7 @@ def test_fused_kernels_on_the_gpu_are_as_good_as_torch(qk_norm: bool) -> None:
     ids, states = torch.randint(0, 120, (50,)), {name: w.cpu() for name, w in on_gpu.state_dict().items()}
 
     def run(dtype: torch.dtype) -> Tensor:
-        model = LlamaForCausalLM(config, dtype=dtype, device="cpu")
+        model = Decoder(config, dtype=dtype, device="cpu")
         model.load_state_dict(states)
         return model(ids, DenseAttention(50)).double()
 

@@ -51,7 +51,7 @@ def _weight(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.P
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
-class LlamaLayer(nn.Module):
+class DecoderLayer(nn.Module):
     """One decoder layer. It takes the residual stream, and what is still to be added to it, apart: the
     addition is fused with the norm that follows."""
 
@@ -113,7 +113,7 @@ class LlamaLayer(nn.Module):
         return out_THV.reshape(num_tokens, -1)
 
 
-class LlamaForCausalLM(nn.Module):
+class Decoder(nn.Module):
     """Embedding, layers, final norm and head. The weights are uninitialised until `init_random_` fills them.
 
     Attributes:
@@ -129,7 +129,7 @@ class LlamaForCausalLM(nn.Module):
         self.attention_specs = attention_specs(config)
         self.embedding = _weight(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
-            LlamaLayer(config, i, dtype=dtype, device=device) for i in range(config.num_layers)
+            DecoderLayer(config, i, dtype=dtype, device=device) for i in range(config.num_layers)
         )
         self.final_norm_E = _weight(config.hidden_size, dtype=dtype, device=device)
         tied = config.tie_word_embeddings
@@ -175,7 +175,7 @@ class LlamaForCausalLM(nn.Module):
         """Multiply-adds of the matrix products of a pass over `num_tokens` tokens of which `num_rows` get logits: what
         follows the last layer's attention is computed for those alone."""
         layer = self.layers[0]
-        assert isinstance(layer, LlamaLayer)
+        assert isinstance(layer, DecoderLayer)
         rest = layer.o.numel() + layer.gate_up.numel() + layer.down.numel()
         every_layer = (layer.qkv.numel() + rest) * num_tokens * len(self.layers)
         return every_layer - rest * (num_tokens - num_rows) + self.head.numel() * num_rows
