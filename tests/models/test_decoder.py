@@ -103,8 +103,8 @@ def copy_weights(model: Decoder, theirs: dict[str, Tensor]) -> None:
         ours[f"layers.{i}.mlp_norm_E"] = layer["post_attention_layernorm.weight"]
         ours[f"layers.{i}.qkv"] = torch.cat([attention[f"{name}_proj"] for name in "qkv"])
         ours[f"layers.{i}.o"] = attention["o_proj"]
-        ours[f"layers.{i}.gate_up"] = torch.cat([mlp["gate_proj"], mlp["up_proj"]])
-        ours[f"layers.{i}.down"] = mlp["down_proj"]
+        ours[f"layers.{i}.mlp.gate_up"] = torch.cat([mlp["gate_proj"], mlp["up_proj"]])
+        ours[f"layers.{i}.mlp.down"] = mlp["down_proj"]
         if model.config.qk_norm:
             ours[f"layers.{i}.q_norm_D"], ours[f"layers.{i}.k_norm_D"] = (
                 attention["q_norm"],
@@ -144,8 +144,8 @@ def test_float64_is_float64_throughout() -> None:
     q, k, v = (norm(residual) @ layer.qkv.T).view(12, -1, 32).split([6, 2, 2], dim=1)
     attended = DenseAttention(12)(0, q, k, v, rope=model.cos_sin_XD)
     residual = residual + attended.reshape(12, -1) @ layer.o.T
-    gate, up = (norm(residual) @ layer.gate_up.T).chunk(2, dim=-1)
-    residual = residual + (gate * gate.sigmoid() * up) @ layer.down.T
+    gate, up = (norm(residual) @ layer.mlp.gate_up.T).chunk(2, dim=-1)
+    residual = residual + (gate * gate.sigmoid() * up) @ layer.mlp.down.T
     torch.testing.assert_close(hidden, norm(residual), rtol=1e-12, atol=1e-12)
 
 
@@ -189,9 +189,9 @@ def test_inference_only() -> None:
 def test_weight_bytes(tied: bool) -> None:
     config = dataclasses.replace(SMALL, tie_word_embeddings=tied)
     model = Decoder(config, dtype=torch.float16, device="cpu")
-    layer = (6 + 2 + 2) * 32 * 96 + 96 * 6 * 32 + 3 * 96 * 80 + 2 * 96
-    assert model.weight_bytes == 2 * (3 * layer + 96 + (1 if tied else 2) * 120 * 96)
-    assert model.step_weight_bytes == 2 * (3 * layer + 96 + 120 * 96)
+    layer, norms = (6 + 2 + 2) * 32 * 96 + 96 * 6 * 32 + 3 * 96 * 80, 4 * (3 * 2 + 1) * 96
+    assert model.weight_bytes == 2 * (3 * layer + (1 if tied else 2) * 120 * 96) + norms
+    assert model.step_weight_bytes(7, 3) == 2 * (3 * layer + 120 * 96) + norms
 
 
 def test_attention_specs_follow_the_config_and_allocate_nothing() -> None:
