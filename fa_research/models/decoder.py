@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fa_research.config import ModelConfig, RopeScaling
 from fa_research.kernels import ops
 from fa_research.models.layers import DecoderLayer, attention_specs, new_weight, norm_dtype
+from fa_research.models.moe import MoE
 from fa_research.models.rope import build_cos_sin
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ class Decoder(nn.Module):
         layer, moe = self.layers[0], self.config.moe
         assert isinstance(layer, DecoderLayer)
         mlp = layer.mlp.gate_up.numel() + layer.mlp.down.numel()
-        if moe.num_experts:
-            mlp = layer.mlp.get_parameter("router").numel() + mlp * moe.experts_per_token // moe.num_experts
+        if isinstance(layer.mlp, MoE):
+            mlp = layer.mlp.router.numel() + mlp * moe.experts_per_token // moe.num_experts
         rest = layer.o.numel() + mlp
         every_layer = (layer.qkv.numel() + rest) * num_tokens * len(self.layers)
         return every_layer - rest * (num_tokens - num_rows) + self.head.numel() * num_rows
@@ -124,14 +125,12 @@ class Decoder(nn.Module):
         the experts that no token takes. With k of N experts a token, drawn at random, T tokens are expected to take
         N (1 - (1 - k / N)^T) of them."""
         idle, moe = 0.0, self.config.moe
-        for layer in self.layers if moe.num_experts else ():
+        for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
-            tokens = num_rows if layer is self.layers[-1] else num_tokens
-            experts = sum(
-                weight.nbytes
-                for name, weight in layer.mlp.named_parameters()
-                if not name.startswith("router")
-            )
-            idle += experts * (1 - moe.experts_per_token / moe.num_experts) ** tokens
+            if isinstance(layer.mlp, MoE):
+                tokens = num_rows if layer is self.layers[-1] else num_tokens
+                weights = layer.mlp.named_parameters()
+                experts = sum(w.nbytes for name, w in weights if not name.startswith("router"))
+                idle += experts * (1 - moe.experts_per_token / moe.num_experts) ** tokens
         table = 0 if self.head is self.embedding else self.embedding.nbytes
         return self.weight_bytes - table - round(idle)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fa_research import masks
 from fa_research.config import MaskConfig, ModelConfig
 from fa_research.kernels import ops
+from fa_research.models.moe import MoE
 from fa_research.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ class DecoderLayer(nn.Module):
         self.o_bias = matrix(hidden) if config.o_bias else None
         self.post_attention_norm_E = norm(hidden) if config.post_norms else None
         self.mlp_norm_E = norm(hidden)
-        self.mlp = MLP(config, dtype=dtype, device=device)
+        mlp = MoE if config.moe.num_experts else MLP
+        self.mlp = mlp(config, dtype=dtype, device=device)
         self.post_mlp_norm_E = norm(hidden) if config.post_norms else None
 
     def forward(
