@@ -40,6 +40,8 @@ HEAVY = {
     "flashinfer",
     "kernels",
     "vllm",
+    "altair",
+    "vl_convert",
 }
 WITHOUT_TORCH = {
     "errors",
@@ -48,6 +50,7 @@ WITHOUT_TORCH = {
     "masks",
     "cli",
     "tracking",
+    "compare",
 }  # what --help and completion may load
 
 
@@ -115,6 +118,7 @@ def test_light_parts_import_nothing_heavy_at_their_top(path: Path) -> None:
         "import fa_research.config, fa_research.errors, fa_research.spec, fa_research.masks",
         "import fa_research.cli",
         "import fa_research.tracking",
+        "import fa_research.compare.__main__, fa_research.compare.screen, fa_research.compare.report",
     ],
 )
 def test_importing_light_parts_loads_nothing_heavy(statement: str) -> None:

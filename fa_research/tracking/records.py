@@ -150,12 +150,17 @@ def _fsync_folder(folder: Path) -> None:
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file. A line that is no row (torn by a kill) is skipped with a warning that names it."""
+    return [row for _, row in numbered_rows(path)]
+
+
+def numbered_rows(path: Path) -> list[tuple[int, Row]]:
+    """The same, each row with the number of its line, from 1."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            rows.append(Row.from_json(line))
+            rows.append((number, Row.from_json(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(f"{path}:{number} is not a row and was skipped ({error})", stacklevel=2)
     return rows

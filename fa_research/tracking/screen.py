@@ -133,7 +133,7 @@ def _print_one(row: Row) -> None:
     table.add_column(style="bold")
     table.add_column()
     table.add_row("status", Text(str(row.status), style=_STYLES.get(row.status, "red")))
-    for name, value in [*row.metrics.items(), *_flat({"check": row.checks}).items()]:
+    for name, value in [*row.metrics.items(), *flat({"check": row.checks}).items()]:
         table.add_row(name, Text(format_value(value)))
     for kind, lines in (("reason", row.reasons), ("note", row.notes)):
         for line in lines:
@@ -161,7 +161,7 @@ def _fits(table: Table) -> bool:
 
 
 def _table(rows: Sequence[Row], metrics: Sequence[str], break_names: bool = False) -> Table:
-    configs = [_flat(row.config) for row in rows]
+    configs = [flat(row.config) for row in rows]
     columns = {"#": [Text(str(number)) for number in range(len(rows))]}
     for key in varying_keys([row.config for row in rows]):
         columns[key] = [Text(format_value(config.get(key, ""))) for config in configs]
@@ -206,9 +206,9 @@ def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
     Where a group's `name` varies, what comes with each name (the sizes of each model, the keys of each workload) is
     left out unless it differs between configs of one name.
     """
-    flat = [_flat(config) for config in configs if config]
-    keys = dict.fromkeys(key for config in flat for key in config)
-    return [key for key in keys if _varies(flat, key)]
+    flattened = [flat(config) for config in configs if config]
+    keys = dict.fromkeys(key for config in flattened for key in config)
+    return [key for key in keys if _varies(flattened, key)]
 
 
 def _varies(configs: Sequence[dict[str, Any]], key: str) -> bool:
@@ -220,14 +220,15 @@ def _varies(configs: Sequence[dict[str, Any]], key: str) -> bool:
     return any(len(values) > 1 for values in by_name.values())
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys; an empty dict is a value."""
+    found: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def format_value(value: Any) -> str:

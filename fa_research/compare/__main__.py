@@ -1,0 +1,104 @@
+"""`python -m fa_research.compare outputs/A outputs/B --question backend`"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fa_research.errors import FaResearchError
+
+USER_ERROR = 2
+
+_EPILOG = """\
+examples:
+  python -m fa_research.compare outputs/decode_step --question backend
+  python -m fa_research.compare outputs/A outputs/B --question page_size --regret
+  python -m fa_research.compare experiments/decode_step --question kv.page_size --metric decode_step_host_us
+  python -m fa_research.compare outputs/A outputs/B --question environment.gpu --out report
+
+Rows that are equal in everything but the question are compared; rows that are not `ok` are shown and never counted.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    made = argparse.ArgumentParser(
+        prog="python -m fa_research.compare",
+        description="Which choice is faster where, by how much, and how surely: from rows, without running anything.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("paths", nargs="+", type=Path, help="folders of results, or rows.jsonl files")
+    made.add_argument(
+        "-q", "--question", required=True, metavar="KEY", help="config key or group, short or in full"
+    )
+    made.add_argument("--metric", help="what to compare; the time that most rows have")
+    made.add_argument("--regret", action="store_true", help="the best single choice, and who wins where")
+    made.add_argument("--across", action="store_true", help="compare rows of different GPUs and versions")
+    made.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key that need not be equal; repeatable",
+    )
+    made.add_argument(
+        "--tie", type=_percentage, default=1.0, metavar="PERCENT", help="smaller differences are ties; 1"
+    )
+    made.add_argument("--better", choices=("lower", "higher"), help="where the metric's name does not say")
+    made.add_argument(
+        "--out", type=Path, metavar="DIR", help="write CSV, Markdown, figures and report.html here"
+    )
+    return made
+
+
+def _percentage(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a percentage from 0 to 100")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare, show and write. Returns 0, or 2 for what the user can put right, with one line on stderr."""
+    options = parser().parse_args(argv)
+    try:
+        _run(options)
+    except FaResearchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return USER_ERROR
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from fa_research.compare.comparison import compare
+    from fa_research.compare.screen import print_comparison
+
+    higher = None if options.better is None else options.better == "higher"
+    comparison = compare(
+        options.paths,
+        options.question,
+        metric=options.metric,
+        ignore=options.ignore,
+        across=options.across,
+        tie=options.tie / 100,
+        higher=higher,
+    )
+    print_comparison(comparison, regret=options.regret)
+    if options.out is not None:
+        from fa_research.compare.report import write_report
+
+        write_report(comparison, options.out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

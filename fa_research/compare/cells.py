@@ -1,0 +1,210 @@
+"""Cells: rows that are equal in everything but the question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from fa_research.compare.estimates import Estimate, estimate
+from fa_research.compare.keys import (
+    ABSENT,
+    NOT_MATCHED,
+    Question,
+    order_of,
+    readable,
+    text_of,
+    title_of,
+    varying,
+    within,
+)
+from fa_research.compare.reading import TIMED, Record
+from fa_research.errors import ConfigError
+from fa_research.tracking import Status
+
+_MOST_PAIRS = 200_000  # looked at to explain an empty comparison
+_RAN = ("cuda_graph_mode", "dtype", "triton_interpreter")  # facts of the environment that decide a time
+_TAKEN = ("timing_method", "timing_l2")
+
+
+@dataclass(eq=False)
+class Entry:
+    """One answer's row in a cell, and its number: None where the row is not `ok` or has none."""
+
+    label: str
+    record: Record
+    estimate: Estimate | None
+
+    @property
+    def status(self) -> str:
+        return "no number" if self.row_ok and self.estimate is None else str(self.record.row.status)
+
+    @property
+    def row_ok(self) -> bool:
+        return self.record.row.status is Status.ok
+
+
+@dataclass(eq=False)
+class Cell:
+    """What the rows of a cell have in common (the keys that vary between cells), and an entry for each answer."""
+
+    where: dict[str, Any]
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> dict[str, Estimate]:
+        """The numbers that count; rows that are not `ok` never do."""
+        return {label: entry.estimate for label, entry in self.entries.items() if entry.estimate is not None}
+
+    @property
+    def title(self) -> str:
+        return title_of(self.where)
+
+
+@dataclass
+class Matching:
+    """How rows are put together: keys that need not be equal, and whether machines and versions need be."""
+
+    question: Question
+    metric: str
+    ignore: tuple[str, ...] = ()
+    across: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def cells(self, records: Sequence[Record]) -> list[Cell]:
+        """Cells with two answers at least, in the order of their values.
+
+        Raises ConfigError if there is none, saying why, and where rows of one cell differ in machine or version and
+        `across` is not set.
+        """
+        asked = [record for record in records if self.question.label(record) is not None]
+        if left := len(records) - len(asked):
+            self.notes.append(
+                f"{left} row{'s have' if left > 1 else ' has'} no {self.question.name}: left out"
+            )
+        groups: dict[tuple[Any, ...], list[Record]] = {}
+        for record in asked:
+            groups.setdefault(self._signature(record), []).append(record)
+        if not self.across and not self.question.is_environment:
+            _refuse_mixed(self.question, list(groups.values()))
+        found = [members for group in groups.values() for members in self._by_machine(group)]
+        matched = [m for m in found if len({self.question.label(record) for record in m}) > 1]
+        alone = sum(len(m) for m in found) - sum(len(m) for m in matched)
+        if not matched:
+            raise ConfigError(self._why_empty(asked))
+        if alone:
+            self.notes.append(
+                f"{alone} row{'s have' if alone > 1 else ' has'} no other to be compared with: left out"
+            )
+        self._note_what_ran(matched)
+        return self._build(matched)
+
+    def _is_free(self, key: str) -> bool:
+        return any(within(key, name) for name in (self.question.name, *NOT_MATCHED, *self.ignore))
+
+    def _signature(self, record: Record) -> tuple[Any, ...]:
+        return tuple(sorted((k, repr(v)) for k, v in record.config.items() if not self._is_free(k)))
+
+    def _by_machine(self, group: Sequence[Record]) -> Iterator[list[Record]]:
+        """The rows of each machine and version. A row without a time says nothing of its machine and goes to all."""
+        if self.across or self.question.is_environment:
+            yield list(group)
+            return
+        timed: dict[tuple[Any, ...], list[Record]] = {}
+        for record in group:
+            if record.row.status in TIMED:
+                timed.setdefault(tuple(record.machine.items()), []).append(record)
+        others = [record for record in group if record.row.status not in TIMED]
+        yield from ([*members, *others] for members in timed.values() or [[]])
+
+    def _build(self, matched: Sequence[Sequence[Record]]) -> list[Cell]:
+        everyone = [record for members in matched for record in members]
+        keys = [key for key in varying(everyone) if not self._is_free(key)]
+        keys = readable(keys, everyone)
+        machine = [] if self.across or self.question.is_environment else _differing_machine(everyone)
+        cells, repeated = [], 0
+        for members in matched:
+            cell = Cell({key: members[0].config.get(key, ABSENT) for key in keys})
+            cell.where |= {key: members[0].machine.get(key, ABSENT) for key in machine}
+            for record in sorted(members, key=lambda record: record.row.finished):
+                label = self.question.label(record)
+                assert label is not None
+                repeated += label in cell.entries
+                ok = record.row.status is Status.ok
+                cell.entries[label] = Entry(label, record, estimate(record, self.metric) if ok else None)
+            cells.append(cell)
+        if repeated:
+            self.notes.append(f"{repeated} rows have a later one in the same cell: the latest of each counts")
+        return sorted(cells, key=lambda cell: [order_of(value) for value in cell.where.values()])
+
+    def _note_what_ran(self, matched: Sequence[Sequence[Record]]) -> None:
+        """What differs within cells though nobody asked for it: a backend that cannot be captured runs eagerly."""
+        for name in (*_RAN, *_TAKEN):
+            if name.split("_mode")[0] in self.question.name:
+                continue
+            found = [
+                {
+                    str((r.row.metrics if name in _TAKEN else r.row.environment).get(name))
+                    for r in members
+                    if r.row.status is Status.ok
+                }
+                for members in matched
+            ]
+            if differ := [values for values in found if len(values - {"None"}) > 1]:
+                values = ", ".join(sorted(set().union(*differ) - {"None"}))
+                self.notes.append(f"within {len(differ)} of {len(found)} cells {name} differs too: {values}")
+
+    def _why_empty(self, records: Sequence[Record]) -> str:
+        """What keeps the closest two rows with different answers apart."""
+        best: tuple[int, Record, Record, list[str]] | None = None
+        for number, (a, b) in enumerate(combinations(records, 2)):
+            if self.question.label(a) != self.question.label(b):
+                keys = [k for k in varying([a, b]) if not self._is_free(k)]
+                if best is None or len(keys) < best[0]:
+                    best = (len(keys), a, b, keys)
+            if number > _MOST_PAIRS:
+                break
+        assert best is not None, "a question has two answers at least"
+        _, a, b, keys = best
+        if not keys:  # equal configs on different machines, one of them without a time
+            return (
+                f"nothing to compare: rows of one cell have {', '.join({str(r.row.status) for r in (a, b)})}"
+            )
+        differ = "; ".join(
+            f"{k} ({text_of(a.config.get(k, ABSENT))} and {text_of(b.config.get(k, ABSENT))})"
+            for k in keys[:6]
+        )
+        more = f"; and {len(keys) - 6} more keys" if len(keys) > 6 else ""
+        return (
+            f"nothing to compare: no two rows differ in {self.question.name} alone. The closest, {a.place} and "
+            f"{b.place}, differ in {differ}{more} too; --ignore {keys[0]} matches rows whatever their value"
+        )
+
+
+def _differing_machine(records: Sequence[Record]) -> list[str]:
+    timed = [record.machine for record in records if record.row.status in TIMED]
+    keys = dict.fromkeys(key for machine in timed for key in machine)
+    return [key for key in keys if len({machine.get(key) for machine in timed}) > 1]
+
+
+def _refuse_mixed(question: Question, groups: Sequence[Sequence[Record]]) -> None:
+    """Raises ConfigError if a cell has its answers only when rows of several machines or versions are put together."""
+    mixed: list[list[Record]] = []
+    for group in groups:
+        timed = [record for record in group if record.row.status in TIMED]
+        answers: dict[tuple[Any, ...], set[str | None]] = {}
+        for record in timed:
+            answers.setdefault(tuple(record.machine.items()), set()).add(question.label(record))
+        if answers and max(map(len, answers.values())) < len(set().union(*answers.values())):
+            mixed.append(timed)
+    if not mixed:
+        return
+    facts = []
+    for key in _differing_machine(mixed[0]):
+        values = sorted({record.machine.get(key, ABSENT) for record in mixed[0]})
+        facts.append(f"{key} ({' and '.join(values)})")
+    raise ConfigError(
+        f"in {len(mixed)} of {len(groups)} cells the rows to compare are of different machines or versions: "
+        f"{', '.join(facts)}; --across compares them all the same"
+    )

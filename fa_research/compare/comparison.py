@@ -1,0 +1,99 @@
+"""The whole of a comparison: rows in, verdicts out. The command line and a notebook use the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from fa_research.compare.cells import Cell, Matching
+from fa_research.compare.estimates import How, choose_metric, higher_is_better
+from fa_research.compare.keys import Question, ask, resolve
+from fa_research.compare.reading import Record, load
+from fa_research.compare.verdicts import Regret, Verdict, judge, regrets
+
+TIE = 0.01  # a median's difference below this is a tie, whatever its interval: two runs of one cell differ by as much
+
+
+@dataclass(eq=False)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        records: all rows read, each config once; a row's number in reports is its place here.
+        cells: in the order of their keys.
+        notes: what a reader has to know: repeated rows, other versions, rows left out.
+    """
+
+    question: Question
+    metric: str
+    higher: bool
+    tie: float
+    records: list[Record]
+    cells: list[Cell]
+    notes: list[str] = field(default_factory=list)
+    other_metrics: list[str] = field(default_factory=list)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The answers that are in a cell."""
+        return [label for label in self.question.labels if any(label in cell.entries for cell in self.cells)]
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """One for each cell."""
+        return [judge(cell, higher=self.higher, tie=self.tie) for cell in self.cells]
+
+    @cached_property
+    def regrets(self) -> tuple[list[Regret], int]:
+        return regrets(self.cells, self.labels, higher=self.higher)
+
+    @property
+    def how(self) -> dict[How, int]:
+        """What intervals rest on: how many numbers of each kind."""
+        count = dict.fromkeys(How, 0)
+        for cell in self.cells:
+            for number in cell.measured.values():
+                count[number.how] += 1
+        return count
+
+    def number_of(self, record: Record) -> int:
+        return self._numbers[id(record)]
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        return {id(record): number for number, record in enumerate(self.records)}
+
+
+def compare(
+    paths: Sequence[Path],
+    question: str,
+    *,
+    metric: str | None = None,
+    ignore: Sequence[str] = (),
+    across: bool = False,
+    tie: float = TIE,
+    higher: bool | None = None,
+) -> Comparison:
+    """Match the rows of `paths` that differ in `question` alone, and judge every cell.
+
+    Args:
+        paths: folders (every rows*.jsonl below them) and files.
+        question: a dotted config key, a group (`backend`), a fact of the environment, or the end of such a name.
+        metric: None takes the time that most rows have.
+        ignore: keys or groups that need not be equal.
+        across: put rows of different machines and versions together.
+        tie: fraction below which a difference counts for nothing.
+        higher: whether more is better; None goes by the metric's name.
+
+    Raises:
+        ConfigError: nothing to read, unknown names, rows that need `across`, nothing that matches.
+    """
+    records, notes = load(paths)
+    asked = ask(question, records)
+    chosen, others = choose_metric(metric, records)
+    matching = Matching(asked, chosen, tuple(resolve(key, records) for key in ignore), across, notes)
+    cells = matching.cells(records)
+    better_high = higher_is_better(chosen) if higher is None else higher
+    return Comparison(asked, chosen, better_high, tie, records, cells, notes, others)

@@ -1,0 +1,124 @@
+"""A row's number with what is known of its certainty, and the ratio of two of them."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from statistics import quantiles
+
+from fa_research.compare.keys import did_you_mean
+from fa_research.compare.reading import TIMED, Record
+from fa_research.errors import ConfigError
+from fa_research.measure.bootstrap import FEWEST_SAMPLES, Draws, interval, median_draws, normal_draws
+
+_HIGHER_IS_BETTER = ("_per_s", "_fraction", "_hit_rate")
+_MAIN = ("decode_step_us", "extend_pass_us", "mixed_pass_us", "attention_us", "prefill_us")
+
+
+class How(Enum):
+    """What an interval rests on."""
+
+    bootstrap = "bootstrap"  # of the samples kept
+    rough = "rough"  # of the 10th and 90th percentile
+    none = "none"  # nothing was kept
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A median, how it might have come out (float64 [draws], None: not known), and where the samples lay."""
+
+    value: float
+    how: How
+    draws: Draws | None = None
+    p10: float | None = None
+    p90: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the median."""
+        return None if self.draws is None else interval(self.draws)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A quotient and its 95 % interval; None where the spread of either side is not known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def estimate(record: Record, metric: str) -> Estimate | None:
+    """The record's number; None where it has none that is finite and positive."""
+    metrics = record.row.metrics
+    value = metrics.get(metric)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
+        return None
+    seed = zlib.crc32(f"{record.hash} {record.row.started} {metric}".encode())
+    stem = metric.removesuffix("_us")
+    p10, p90 = metrics.get(f"{stem}_p10_us"), metrics.get(f"{stem}_p90_us")
+    if len(samples := record.samples(metric)) >= FEWEST_SAMPLES:
+        deciles = quantiles(samples, n=10, method="inclusive")
+        return Estimate(value, How.bootstrap, median_draws(samples, seed=seed), deciles[0], deciles[-1])
+    if isinstance(p10, int | float) and isinstance(p90, int | float):
+        count = int(metrics.get(f"{stem}_count") or 1)
+        return Estimate(value, How.rough, normal_draws(value, p10, p90, count, seed=seed), p10, p90)
+    return Estimate(value, How.none)
+
+
+def ratio(above: Estimate, below: Estimate) -> Ratio:
+    """`above` over `below`."""
+    value = above.value / below.value
+    if above.draws is None or below.draws is None:
+        return Ratio(value)
+    return Ratio(value, *interval(above.draws / below.draws))
+
+
+def higher_is_better(metric: str) -> bool:
+    return metric.endswith(_HIGHER_IS_BETTER)
+
+
+def choose_metric(wanted: str | None, records: Sequence[Record]) -> tuple[str, list[str]]:
+    """The metric to compare, and the others that rows have; the most common time where none is wanted.
+
+    Raises ConfigError where no row has it, or none has any.
+    """
+    timed = [record for record in records if record.row.status in TIMED]
+    count: dict[str, int] = {}
+    for record in timed:
+        for name, value in record.row.metrics.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                count[name] = count.get(name, 0) + 1
+    if not count:
+        raise ConfigError(f"none of the {len(records)} rows has a number: {_failures(records)}")
+    if wanted is not None and wanted not in count:
+        raise ConfigError(
+            f"no row has a metric {wanted}{did_you_mean(wanted, count)}; there are {', '.join(count)}"
+        )
+    main = [name for name in count if _is_main(name)] or list(count)
+    main.sort(key=lambda name: (-count[name], name not in _MAIN, _MAIN.index(name) if name in _MAIN else 0))
+    chosen = wanted or main[0]
+    return chosen, [name for name in main if name != chosen]
+
+
+def _is_main(name: str) -> bool:
+    return name.endswith("_us") and not name.endswith(("_p10_us", "_p90_us", "_host_us"))
+
+
+def _failures(records: Sequence[Record]) -> str:
+    count: dict[str, int] = {}
+    for record in records:
+        reason = f": {record.row.reasons[0]}" if record.row.reasons else ""
+        count[f"{record.row.status}{reason}"] = count.get(f"{record.row.status}{reason}", 0) + 1
+    return "; ".join(f"{number} {what}" for what, number in list(count.items())[:4])

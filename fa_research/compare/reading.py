@@ -1,0 +1,206 @@
+"""Rows of any number of folders and files, each with its place, its config made flat and the samples kept beside it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fa_research.config import WORKLOADS, Config, config_hash, to_plain
+from fa_research.errors import ConfigError
+from fa_research.tracking import Row, Status
+from fa_research.tracking.records import numbered_rows
+from fa_research.tracking.screen import flat
+from fa_research.tracking.wandb_mirror import SERIES_FILE
+
+TIMED = frozenset({Status.ok, Status.suspect, Status.inaccurate})
+_MACHINE = ("gpu", "gpu_driver", "cuda", "python", "git_commit")
+_CPU = ("cpu", "cpu_threads")  # they count where there is no GPU
+_NOT_TIMED = frozenset({"wandb", "hydra-core", "transformers"})  # packages that no timed call runs through
+
+
+@dataclass(eq=False)
+class Record:
+    """A row and where it is.
+
+    Attributes:
+        line: number of its line in `path`, from 1.
+        config: the row's config with dotted keys, and today's defaults for the keys that its version did not have.
+        filled: the keys of `config` that are such defaults.
+    """
+
+    row: Row
+    path: Path
+    line: int
+    config: dict[str, Any] = field(default_factory=dict)
+    filled: frozenset[str] = frozenset()
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}:{self.line}"
+
+    @cached_property
+    def hash(self) -> str:
+        return self.row.config_hash or (config_hash(self.row.config) if self.row.config else "")
+
+    @cached_property
+    def machine(self) -> dict[str, str]:
+        """GPU (or CPU) and versions: what two rows must have in common to be compared without `--across`."""
+        known = self.row.environment
+        names = (*_MACHINE, *(() if known.get("gpu") else _CPU))
+        packages = {k: v for k, v in (known.get("packages") or {}).items() if k not in _NOT_TIMED}
+        facts = {name: known.get(name) for name in names} | {f"packages.{k}": v for k, v in packages.items()}
+        return {key: str(value) for key, value in sorted(facts.items()) if value is not None}
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """The row's environment with dotted keys that begin with `environment.`."""
+        return flat({"environment": self.row.environment}) if self.row.environment else {}
+
+    def samples(self, metric: str) -> tuple[float, ...]:
+        """The single timings that `metric` is the median of, or () where none were kept."""
+        value = self.row.metrics.get(metric)
+        stem = metric.removesuffix("_us")
+        kept = [self.row.metrics.get(name) for name in (f"{stem}_samples_us", "samples_us")]
+        kept += [values for name, values in self._series if name.rpartition("/")[2] == metric]
+        for values in kept:
+            if isinstance(values, list) and values and _is_median(values, value):
+                return tuple(float(v) for v in values)
+        return ()
+
+    @cached_property
+    def _series(self) -> list[tuple[str, list[Any]]]:
+        """Newest first: a repeated cell appends to the file of the attempt before."""
+        return read_series(self.path.parent / SERIES_FILE)[::-1]
+
+
+def _is_median(values: list[Any], value: Any) -> bool:
+    """Whether these samples are those of this row; samples may have been rounded."""
+    if not isinstance(value, int | float) or not all(isinstance(v, int | float) for v in values):
+        return False
+    return abs(median(values) - value) <= 1e-3 * abs(value)
+
+
+def read_series(path: Path) -> list[tuple[str, list[Any]]]:
+    """Names and values of series.jsonl; [] where there is none. Torn lines are left out."""
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            data = json.loads(line)
+            found.append((str(data["name"]), list(data["values"])))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def load(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
+    """All records in the order read, the latest of each config, and what a reader has to know of them.
+
+    Raises ConfigError for a path that is missing or holds no rows.
+    """
+    notes: list[str] = []
+    records: list[Record] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for path in _row_files(paths):
+            records += [Record(row, path, line) for line, row in numbered_rows(path)]
+    notes += [str(warning.message) for warning in caught]
+    if not records:
+        raise ConfigError(f"no rows in {', '.join(map(str, paths))}: the files are empty or torn")
+    for record in records:
+        _fill_in(record)
+    notes += _version_notes(records)
+    return _latest(_without_copies(records), notes), notes
+
+
+def _row_files(paths: Sequence[Path]) -> list[Path]:
+    """Files as given; of folders every rows*.jsonl below them."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(
+                f"{path} does not exist: give folders of results, or files as outputs/.../rows.jsonl"
+            )
+        files = [path] if path.is_file() else sorted(path.rglob("rows*.jsonl"))
+        if not files:
+            raise ConfigError(f"no rows.jsonl in {path} or below it")
+        found |= {file.resolve(): file for file in files}
+    return list(found.values())
+
+
+@cache
+def _defaults(workload: str) -> dict[str, Any]:
+    schema = WORKLOADS.get(workload)
+    return flat(to_plain(Config(workload=schema()))) if schema else {}
+
+
+def _fill_in(record: Record) -> None:
+    record.config = flat(record.row.config)
+    ours = {"backend", "workload", "kv"} <= set(
+        record.row.config
+    )  # rows of scripts have configs of their own
+    if not ours:
+        return
+    defaults = _defaults(str(record.config.get("workload.name")))
+    missing = {
+        key: value
+        for key, value in defaults.items()
+        if key not in record.config and not any(old.startswith(f"{key}.") for old in record.config)
+    }
+    record.filled = frozenset(missing)
+    record.config |= missing
+
+
+def _version_notes(records: Iterable[Record]) -> list[str]:
+    old = [record for record in records if record.filled]
+    if not old:
+        return []
+    keys = sorted({key for record in old for key in record.filled})
+    shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+    return [
+        f"{len(old)} row{'s are' if len(old) > 1 else ' is'} of another version of fa_research, without the keys "
+        f"{shown}: today's defaults stand in for them"
+    ]
+
+
+def _without_copies(records: Sequence[Record]) -> list[Record]:
+    """A sweep's rows.jsonl repeats those of its cells: of equal rows the one with samples beside it stays."""
+    kept: dict[str, Record] = {}
+    for record in records:
+        text = record.row.to_json()
+        has_series = (record.path.parent / SERIES_FILE).exists()
+        if text not in kept or (has_series and not (kept[text].path.parent / SERIES_FILE).exists()):
+            kept[text] = record
+    return list(kept.values())
+
+
+def _latest(records: Sequence[Record], notes: list[str]) -> list[Record]:
+    """One record for each config and machine, the one that finished last; a failed one gives way to any later one."""
+    kept: list[Record] = []
+    dropped: list[Record] = []
+    newest: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.row.finished, reverse=True):
+        later = newest.setdefault(record.hash, []) if record.hash else []
+        failed = record.row.status not in TIMED
+        if any(failed or other.machine == record.machine for other in later):
+            dropped.append(record)
+        else:
+            later.append(record)
+            kept.append(record)
+    if dropped:
+        names = ", ".join(sorted({record.hash for record in dropped})[:5])
+        notes.append(
+            f"{len(dropped)} row{'s' * (len(dropped) > 1)} of configs that were measured again later "
+            f"({names}{', ...' if len({r.hash for r in dropped}) > 5 else ''}): the latest of each counts"
+        )
+    order = {id(record): number for number, record in enumerate(records)}
+    return sorted(kept, key=lambda record: order[id(record)])

@@ -1,0 +1,108 @@
+"""Which answer wins a cell, by how much, and how far one choice for all cells is from the best of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fa_research.compare.cells import Cell
+from fa_research.compare.estimates import Estimate, Ratio, ratio
+from fa_research.measure.bootstrap import Draws, interval
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one cell.
+
+    Attributes:
+        best: the answers that no other beats: one is a win, several a tie; the best median comes first.
+        costs: each measured answer's cost against the best median, 1 and more. 1.02: takes 2 % longer, or does 2 % less
+            where more is better.
+    """
+
+    best: tuple[str, ...]
+    costs: dict[str, Ratio]
+
+    @property
+    def is_tie(self) -> bool:
+        return len(self.best) > 1
+
+    @property
+    def runner_up(self) -> str | None:
+        """The best of those that are beaten."""
+        beaten = [label for label in self.costs if label not in self.best]
+        return min(beaten, key=lambda label: self.costs[label].value, default=None)
+
+
+def judge(cell: Cell, *, higher: bool, tie: float) -> Verdict:
+    """An answer is beaten if its cost is above the best by more than `tie` (a fraction) and its 95 % interval, where
+    there is one, lies above 1."""
+    numbers = cell.measured
+    if not numbers:
+        return Verdict((), {})
+    order = sorted(numbers, key=lambda label: numbers[label].value, reverse=higher)
+    first = order[0]
+    costs = {label: _cost(numbers[label], numbers[first], higher) for label in order}
+    costs[first] = Ratio(1.0, 1.0, 1.0)
+    best = [first] + [label for label in order[1:] if not _is_beaten(costs[label], tie)]
+    return Verdict(tuple(best), costs)
+
+
+def _cost(number: Estimate, best: Estimate, higher: bool) -> Ratio:
+    return ratio(best, number) if higher else ratio(number, best)
+
+
+def _is_beaten(cost: Ratio, tie: float) -> bool:
+    return cost.value > 1 + tie and (cost.low is None or cost.low > 1)
+
+
+@dataclass(frozen=True)
+class Regret:
+    """What it costs to take one answer everywhere instead of the best of each cell.
+
+    Attributes:
+        cells: in how many it was measured.
+        failed: in how many others it has a row without a number.
+        mean: geometric mean of its cost against each cell's best median, with its 95 % interval.
+        worst: the highest cost, and the cell of it.
+    """
+
+    label: str
+    cells: int
+    failed: int
+    mean: Ratio
+    worst: float
+    worst_cell: Cell
+
+
+def regrets(cells: Sequence[Cell], labels: Sequence[str], *, higher: bool) -> tuple[list[Regret], int]:
+    """The regret of every answer over the cells that have a row for each answer, least first, and how many cells those
+    are. Answers that run in all of them come before those that do not."""
+    complete = [cell for cell in cells if set(labels) <= set(cell.entries) and cell.measured]
+    found = []
+    for label in labels:
+        mine = [cell for cell in complete if label in cell.measured]
+        if not mine:
+            continue
+        costs = [judge(cell, higher=higher, tie=0.0).costs[label].value for cell in mine]
+        worst = int(np.argmax(costs))
+        mean = Ratio(float(np.exp(np.mean(np.log(costs)))), *_mean_interval(mine, label, higher))
+        found.append(Regret(label, len(mine), len(complete) - len(mine), mean, costs[worst], mine[worst]))
+    return sorted(found, key=lambda regret: (regret.failed, regret.mean.value)), len(complete)
+
+
+def _mean_interval(cells: Sequence[Cell], label: str, higher: bool) -> tuple[float, float] | tuple[()]:
+    """Interval of the geometric mean; () where some row kept no spread. Every draw is judged by the answer that has the
+    best median, not by its own best: the best of several draws is always better than any answer is."""
+    logs: list[Draws] = []
+    for cell in cells:
+        numbers = cell.measured
+        best = numbers[judge(cell, higher=higher, tie=0.0).best[0]].draws
+        mine = numbers[label].draws
+        if best is None or mine is None:
+            return ()
+        logs.append(np.log(best / mine if higher else mine / best))
+    low, high = np.exp(interval(np.mean(logs, axis=0)))
+    return float(low), float(high)
