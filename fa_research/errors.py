@@ -20,6 +20,10 @@ class CheckpointError(FaResearchError):
     """The weights in the folder `model.path` cannot be loaded."""
 
 
+class InteropError(FaResearchError):
+    """A tensor cannot be shared between torch and JAX without a copy, or JAX cannot run beside this torch."""
+
+
 class Refusal(FaResearchError):
     """A backend said no.
 

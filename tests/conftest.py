@@ -11,6 +11,8 @@ import pytest
 # package's kernels do. Devices are looked up by file, as asking torch would cost every test run four seconds.
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Each shape that a test runs is compiled for it alone: quickly, then.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Tests run side by side, one per core: more threads each would only wait for one another. Read at torch's import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

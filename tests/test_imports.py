@@ -18,7 +18,7 @@ FLOORS: dict[str, int] = {
     "kv_cache": 1,
     **dict.fromkeys(["batch", "metadata"], 2),
     "attention": 3,
-    "backends": 4,
+    **dict.fromkeys(["backends", "interop"], 4),  # a backend shares tensors; JAX code calls a backend
     "models": 5,
     "engine": 6,
     "workloads": 7,

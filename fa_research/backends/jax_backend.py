@@ -1,0 +1,154 @@
+"""`jax`: JAX reads the torch KV cache in place (DLPack) and computes with XLA, one program a shape bucket.
+
+Legend: T query tokens, B requests, P pages, H query heads, K KV heads, D head dim, V value head dim, N slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fa_research.attention.lowering import Lowering
+from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.interop.dlpack import HandleCache, reasons_against_jax, to_jax, to_torch, x64_enabled
+from fa_research.metadata import FlashAttentionMetadata
+from fa_research.spec import AttentionSpec, Capabilities, GraphSupport
+
+if TYPE_CHECKING:
+    import jax
+
+_TILE = 32  # queries a tile of an extend pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Metadata of one pass as JAX arrays, padded to their buckets; they serve every layer."""
+
+    page_table_BP: jax.Array
+    cache_seqlens_B: jax.Array
+    cu_seqlens_q_B1: jax.Array
+
+
+class JaxBackend(AttentionBackend):
+    """Keys and values are shared once per pool and passed to the compiled program as arguments, queries and metadata
+    are shared anew: that also orders JAX behind torch's stream, and the result orders torch behind JAX
+    (`interop.dlpack`). Masks are evaluated by their own predicate. XLA runs outside torch's streams, so a step cannot
+    be captured."""
+
+    name = "jax"
+
+    def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
+        super().__init__(settings, specs)
+        self.handles = HandleCache()
+
+    @classmethod
+    def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
+        return reasons_against_jax(settings.device)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        dtypes = {"float16", "bfloat16", "float32"}
+        return Capabilities(
+            devices=frozenset({"cpu", "cuda"}),
+            dtypes=frozenset(dtypes | {"float64"} if x64_enabled() else dtypes),
+            mask_features=frozenset({"predicate"}),
+            own_v_head_dim=True,
+            softcap=True,
+            sinks=True,
+            returns_lse=True,
+            cuda_graph=GraphSupport.NEVER,
+        )
+
+    def lower(self, spec: AttentionSpec) -> Lowering:
+        lowering, s, reasons = super().lower(spec), self.settings, []
+        if s.dtype is torch.float64 and not x64_enabled():
+            reasons.append("JAX has 64-bit types only with JAX_ENABLE_X64=1 in the environment")
+        if s.num_splits:
+            reasons.append(f"backend.num_splits={s.num_splits}: XLA splits as it likes; use 0")
+        if s.deterministic:
+            reasons.append("backend.deterministic=true: XLA's order of summation goes by the batch's bucket")
+        return replace(lowering, reasons=lowering.reasons + tuple(reasons))
+
+    def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
+        if self.name not in metadata.plans:  # the same for every kind of layer
+            metadata.plans[self.name] = _share_metadata(metadata)
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_cache_NKD: Tensor,
+        v_cache_NKV: Tensor,
+        metadata: FlashAttentionMetadata,
+        spec: AttentionSpec,
+        *,
+        sinks_H: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        from fa_research.kernels.jax_paged import paged_attention
+
+        plan: _Plan = metadata.plans[self.name]
+        k_RKD, first_row = self._pool(k_cache_NKD)
+        v_RKV, v_first_row = self._pool(v_cache_NKV)
+        assert first_row == v_first_row, "keys and values of one layer lie at the same slots"
+        out, lse = paged_attention(
+            to_jax(_pad_queries(q_THD, bucket(q_THD.shape[0]))),
+            k_RKD,
+            v_RKV,
+            first_row,
+            plan.page_table_BP,
+            plan.cache_seqlens_B,
+            plan.cu_seqlens_q_B1,
+            None if sinks_H is None else self.handles.get(sinks_H),
+            mask=spec.mask,
+            page_size=metadata.page_size,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            tile=1 if metadata.max_seq_len_q == 1 else _TILE,
+        )
+        tokens = q_THD.shape[0]
+        return to_torch(out)[:tokens], to_torch(lse)[:tokens] if return_lse else None
+
+    def _pool(self, cache_NKD: Tensor) -> tuple[jax.Array, int]:
+        """The buffer of all layers that this layer's cache is a view of, as rows, and the layer's first row: one handle
+        and one program serve every layer, and a layer needs no alignment of its own."""
+        row = cache_NKD.stride(0)
+        whole = cache_NKD if cache_NKD._base is None else cache_NKD._base
+        offset = cache_NKD.storage_offset() - whole.storage_offset()
+        if whole.is_contiguous() and cache_NKD.is_contiguous() and not (offset % row or whole.numel() % row):
+            return self.handles.get(whole.view(-1, *cache_NKD.shape[1:])), offset // row
+        return self.handles.get(cache_NKD), 0
+
+
+def bucket(size: int) -> int:
+    """The next power of two: programs are compiled for these sizes only."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _pad_queries(q_THD: Tensor, size: int) -> Tensor:
+    if q_THD.shape[0] == size and q_THD.is_contiguous():
+        return q_THD
+    padded = q_THD.new_zeros(size, *q_THD.shape[1:])
+    padded[: q_THD.shape[0]] = q_THD
+    return padded
+
+
+def _share_metadata(metadata: FlashAttentionMetadata) -> _Plan:
+    """Padded requests have no tokens and no queries. The copies stay as they are when the static buffers of the next
+    step are written."""
+    batch, pages = metadata.page_table_BP.shape
+    more, more_pages = bucket(batch) - batch, bucket(pages) - pages
+    cu_seqlens = metadata.cu_seqlens_q_B1
+    shared: list[Any] = [
+        to_jax(tensor.contiguous())
+        for tensor in (
+            pad(metadata.page_table_BP, (0, more_pages, 0, more)),
+            pad(metadata.cache_seqlens_int32_B, (0, more)),
+            torch.cat([cu_seqlens, cu_seqlens[-1:].expand(more)]),
+        )
+    ]
+    return _Plan(*shared)

@@ -1,0 +1,154 @@
+"""`backend=jax`: the pool is read in place, programs are few, and JAX is imported when it is used. Its results are
+compared with the definition in tests/semantics, as those of every backend."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+jax = pytest.importorskip("jax")
+
+from fa_research import backends  # noqa: E402
+from fa_research.backends.jax_backend import JaxBackend, bucket  # noqa: E402
+from fa_research.errors import Unsupported  # noqa: E402
+from fa_research.masks import Chunked, SlidingWindow  # noqa: E402
+from tests.helpers import Scene, make_spec  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+LENS = ((0, 5), (16, 1), (3, 30))
+
+
+def make(scene: Scene) -> JaxBackend:
+    backend = scene.backend("jax")
+    assert isinstance(backend, JaxBackend)
+    return backend
+
+
+def test_the_pool_is_read_where_it_lies_and_shared_once() -> None:
+    scene = Scene(make_spec(), LENS, 16, torch.float32)
+    backend = make(scene)
+    for _ in range(3):
+        scene.run(backend)
+    pool = scene.cache.kv
+    handles = [handle for known in backend.handles._handles.values() for handle in known.values()]
+    pointers = {handle.unsafe_buffer_pointer() for handle in handles}
+    assert len(handles) == 2 and pointers == {pool.k_LNKD.data_ptr(), pool.v_LNKV.data_ptr()}
+
+
+def test_handles_go_with_the_pool() -> None:
+    scene = Scene(make_spec(), LENS, 16, torch.float32)
+    backend = make(scene)
+    scene.run(backend)
+    del scene
+    gc.collect()
+    assert len(backend.handles) == 0
+
+
+def test_what_torch_writes_after_compilation_is_read() -> None:
+    """A pool that was closed over would be a constant of the program."""
+    scene = Scene(make_spec(), LENS, 16, torch.float32)
+    backend = make(scene)
+    scene.check(backend)
+    other = Scene(make_spec(), LENS, 16, torch.float32, seed=1)
+    scene.q, scene.k, scene.v = other.q, other.k, other.v
+    for i, (prefix, _) in enumerate(scene.lens):
+        slots = scene.table[scene.requests[i].row, :prefix].long()
+        scene.cache.kv.write(scene.layer_id, scene.k[i][:prefix], scene.v[i][:prefix], slots)
+    scene.check(backend)
+
+
+def test_the_batches_of_a_bucket_share_a_program() -> None:
+    from fa_research.kernels.jax_paged import paged_attention
+
+    lens = tuple((seq_len, 1) for seq_len in (33, 40, 47, 35, 36, 37, 38, 39))
+    scene = Scene(make_spec(mask=SlidingWindow(7)), lens, 16, torch.float32, decode=True)
+    backend = make(scene)
+    scene.check_outputs(scene.run(backend, range(5)), range(5))
+    programs = paged_attention._cache_size()
+    for size in (6, 7, 8):
+        scene.check_outputs(scene.run(backend, range(size)), range(size))
+    assert paged_attention._cache_size() == programs
+    scene.run(backend, range(4))
+    assert paged_attention._cache_size() == programs + 1
+
+
+def test_buckets() -> None:
+    assert [bucket(size) for size in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
+
+
+def test_steps_over_the_keys_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small cases fit one step; here keys are walked in steps of 16."""
+    from fa_research.kernels import jax_paged
+
+    monkeypatch.setattr(jax_paged, "STEP_BYTES", 1)
+    for mask in (SlidingWindow(21), Chunked(40)):
+        scene = Scene(
+            make_spec((6, 2), mask=mask, has_sink=True), ((0, 70), (100, 45), (90, 1)), 8, torch.float32
+        )
+        scene.check(make(scene))
+
+
+def test_calls_leave_nothing_behind() -> None:
+    scene = Scene(make_spec(), LENS, 16, torch.float32)
+    backend = make(scene)
+    scene.run(backend)
+    before = len(jax.live_arrays())
+    for _ in range(50):
+        scene.run(backend)
+    assert len(jax.live_arrays()) <= before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"deterministic": True}, r"backend\.deterministic=true: XLA's order of summation"),
+        ({"num_splits": 4}, r"backend\.num_splits=4: .*use 0"),
+    ],
+)
+def test_what_it_refuses(changes: dict[str, object], says: str) -> None:
+    scene = Scene(make_spec(), LENS, 16, torch.float32)
+    with pytest.raises(Unsupported, match=says):
+        backends.create("jax", scene.settings(**changes), scene.specs)
+
+
+def test_float64_needs_x64() -> None:
+    scene = Scene(make_spec(), LENS, 16, torch.float64)
+    with pytest.raises(Unsupported, match="JAX_ENABLE_X64=1"):
+        backends.create("jax", scene.settings(), scene.specs)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        outs = scene.run(make(scene))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    for i, out in enumerate(outs):
+        torch.testing.assert_close(out, scene.reference(i, torch.float64)[0], rtol=1e-12, atol=1e-12)
+
+
+WITHOUT_JAX = """
+import sys
+import torch
+import fa_research, fa_research.interop, fa_research.interop.dlpack, fa_research.interop.share, fa_research.runner
+from fa_research import backends
+from fa_research.spec import AttentionSpec
+settings = backends.BackendSettings(torch.device("cpu"), torch.float32, 16, 128)
+spec = AttentionSpec(4, 2, 64, 64, 0.1)
+assert backends.choose(settings, [spec])[0] == "torch"
+assert "jax" in backends.names() and backends.reasons_against("jax", settings, [spec]) == ()
+try:
+    backends.create("fa3", backends.BackendSettings(torch.device("cpu"), torch.float32, 16, 128), [spec])
+except ValueError as error:
+    assert "jax" in str(error)
+print(sorted({"jax", "jaxlib"} & set(sys.modules)))
+"""
+
+
+def test_jax_is_imported_when_attention_is_computed_and_no_earlier() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_JAX], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,69 @@
+"""Torch writes the cache, JAX reads it: in that order on the GPU too, without the host waiting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+jax = pytest.importorskip("jax")
+
+from fa_research.interop.dlpack import jax_device  # noqa: E402
+from tests.helpers import Scene, make_spec  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+LENS = tuple((500 + i, 1) for i in range(8))
+SLEEP_CYCLES = 200_000_000  # about 0.1 s
+
+
+def make_scene() -> Scene:
+    return Scene(make_spec((8, 2), 128), LENS, 16, torch.bfloat16, "cuda", decode=True)
+
+
+def test_jax_waits_for_a_delayed_writer() -> None:
+    scene = make_scene()
+    backend = scene.backend("jax")
+    scene.check_outputs(scene.run(backend), range(len(LENS)))  # compiles
+    kv, layer = scene.cache.kv, scene.layer_id
+    k, v = kv.k(layer).clone(), kv.v(layer).clone()
+    kv.poison()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    kv.k(layer).copy_(k)
+    kv.v(layer).copy_(v)
+    outs = scene.run(backend)
+    scene.check_outputs(outs, range(len(LENS)))
+
+
+def test_torch_waits_for_a_delayed_reader() -> None:
+    scene = make_scene()
+    backend = scene.backend("jax")
+    scene.run(backend)
+    device = jax_device(torch.device("cuda", 0))
+    x = jax.device_put(jax.numpy.eye(4096, dtype=jax.numpy.float32), device)
+    busy = jax.jit(lambda x: jax.lax.fori_loop(0, 50, lambda _, y: y @ x, x))
+    busy(x).block_until_ready()
+    torch.cuda.synchronize()
+    pending = busy(x)
+    outs = scene.run(backend)  # behind `pending`: JAX has one stream for computations
+    scene.cache.kv.poison()
+    torch.cuda.synchronize()
+    pending.block_until_ready()
+    scene.check_outputs(outs, range(len(LENS)))
+
+
+def test_memory_of_the_device_does_not_grow() -> None:
+    scene = make_scene()
+    backend = scene.backend("jax")
+    device = jax_device(torch.device("cuda", 0))
+
+    def in_use() -> tuple[int, int]:
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), device.memory_stats()["bytes_in_use"]
+
+    for _ in range(20):
+        scene.run(backend)
+    before = in_use()
+    for _ in range(1000):
+        scene.run(backend)
+    after = in_use()
+    assert after[0] <= before[0] and after[1] <= before[1] + (1 << 20)
