@@ -1,0 +1,243 @@
+"""Python functions on torch tensors as XLA custom calls, in this process and without copies: a handler for XLA's C
+interface (xla/ffi/api/c_api.h in jaxlib), written with ctypes so that nothing has to be compiled or installed.
+
+The addresses that XLA passes are wrapped as tensors that own nothing. They are valid during the call only; the wrappers
+are kept by address, because a compiled program passes the same ones again and again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa_research.interop.dlpack import import_jax
+
+TARGET = "fa_research_call"
+_MAX_WRAPPED = 1024  # addresses remembered per call; past that they are forgotten all at once
+_INTERNAL = 13  # XLA_FFI_Error_Code_INTERNAL
+_METADATA = 1  # XLA_FFI_Extension_Metadata
+
+Function = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+Shape = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(slots=True)
+class Call:
+    """One call site: what runs, on which torch device, and the shapes that its program was compiled for."""
+
+    function: Function
+    device: torch.device
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    wrapped: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+
+    def tensors(self, addresses: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs and outputs at these addresses."""
+        known = self.wrapped.get(addresses)
+        if known is None:
+            if len(self.wrapped) >= _MAX_WRAPPED:
+                self.wrapped.clear()
+            shapes = self.inputs + self.outputs
+            all_of_them = [_wrap(a, *shape, self.device) for a, shape in zip(addresses, shapes, strict=True)]
+            known = all_of_them[: len(self.inputs)], all_of_them[len(self.inputs) :]
+            self.wrapped[addresses] = known
+        return known
+
+
+_calls: list[Call] = []  # compiled programs name them by index, so none is ever taken away
+_streams: dict[int, Any] = {}
+
+
+def add_call(call: Call) -> int:
+    """Make a call known; its number is the attribute `call` of the custom call."""
+    _register()
+    _calls.append(call)
+    return len(_calls) - 1
+
+
+# The structs of c_api.h, as far as they are read. XLA may append fields, it does not move them.
+
+
+class _Struct(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("extension", ctypes.c_void_p)]
+
+
+class _Buffer(_Struct):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("data", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("dims", ctypes.c_void_p),
+    ]
+
+
+class _Arguments(_Struct):
+    _fields_ = [
+        ("size", ctypes.c_int64),
+        ("types", ctypes.c_void_p),
+        ("items", ctypes.POINTER(ctypes.POINTER(_Buffer))),
+    ]
+
+
+class _Scalar(ctypes.Structure):
+    _fields_ = [("dtype", ctypes.c_int), ("value", ctypes.POINTER(ctypes.c_int64))]
+
+
+class _Attributes(_Struct):
+    _fields_ = [
+        ("size", ctypes.c_int64),
+        ("types", ctypes.c_void_p),
+        ("names", ctypes.c_void_p),
+        ("items", ctypes.POINTER(ctypes.POINTER(_Scalar))),
+    ]
+
+
+class _Version(_Struct):
+    _fields_ = [
+        ("major", ctypes.c_int),
+        ("minor", ctypes.c_int),
+    ]
+
+
+class _Api(_Struct):
+    _fields_ = [
+        ("version", _Version),
+        ("internal", ctypes.c_void_p),
+        ("error_create", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)),
+        ("error_message", ctypes.c_void_p),
+        ("error_destroy", ctypes.c_void_p),
+        ("handler_register", ctypes.c_void_p),
+        ("stream_get", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)),
+    ]
+
+
+class _Metadata(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("version", _Version), ("traits", ctypes.c_uint32)]
+
+
+class _Extension(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("next", ctypes.c_void_p),
+        ("metadata", ctypes.POINTER(_Metadata)),
+    ]
+
+
+class _Frame(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("extension", ctypes.POINTER(_Extension)),
+        ("api", ctypes.POINTER(_Api)),
+        ("context", ctypes.c_void_p),
+        ("stage", ctypes.c_int),
+        ("arguments", _Arguments),
+        ("results", _Arguments),
+        ("attributes", _Attributes),
+    ]
+
+
+class _StreamArgs(_Struct):
+    _fields_ = [
+        ("context", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+    ]
+
+
+class _ErrorArgs(_Struct):
+    _fields_ = [
+        ("message", ctypes.c_char_p),
+        ("code", ctypes.c_int),
+    ]
+
+
+_HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Frame))
+
+
+def _handle(pointer: Any, platform: str) -> int | None:
+    """The custom call; what it raises becomes XLA's error, and so JAX's."""
+    frame = pointer.contents
+    if frame.extension:
+        extension = frame.extension.contents
+        if extension.type == _METADATA:
+            version, ours = frame.api.contents.version, extension.metadata.contents.version
+            ours.major, ours.minor = version.major, version.minor
+            return None
+    try:
+        _run(frame, platform)
+    except BaseException as error:
+        text = f"{type(error).__name__}: {error}".encode()
+        args = _ErrorArgs(ctypes.sizeof(_ErrorArgs), None, text, _INTERNAL)
+        result: int | None = frame.api.contents.error_create(ctypes.addressof(args))
+        return result
+    return None
+
+
+def _run(frame: _Frame, platform: str) -> None:
+    call = _calls[frame.attributes.items[0].contents.value[0]]
+    if call.device.type != platform:
+        raise RuntimeError(
+            f"compiled for {platform}, asked for device={call.device.type}; pass device={platform!r}"
+        )
+    arguments, results = frame.arguments, frame.results
+    addresses = [arguments.items[i].contents.data or 0 for i in range(arguments.size)]
+    addresses += [results.items[i].contents.data or 0 for i in range(results.size)]
+    with torch.inference_mode():
+        if platform == "cpu":
+            call.function(*call.tensors(tuple(addresses)))
+            return
+        with torch.cuda.stream(_stream(frame, call.device)):
+            call.function(*call.tensors(tuple(addresses)))
+
+
+def _stream(frame: _Frame, device: torch.device) -> Any:
+    """XLA's stream: what runs on it comes after what makes the inputs, and before what reads the outputs."""
+    args = _StreamArgs(ctypes.sizeof(_StreamArgs), None, frame.context, None)
+    if frame.api.contents.stream_get(ctypes.addressof(args)):
+        raise RuntimeError("XLA gives no stream")
+    pointer = args.stream or 0
+    if pointer not in _streams:
+        _streams[pointer] = torch.cuda.ExternalStream(pointer, device=device)
+    return _streams[pointer]
+
+
+def _wrap(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor over memory that it does not own."""
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.as_tensor(_CudaArray(address, count * dtype.itemsize), device=device).view(dtype).view(shape)
+
+
+class _CudaArray:
+    """Bytes on the GPU, for torch (the CUDA array interface has no bfloat16)."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+_handlers: dict[str, Any] = {}  # ctypes functions must outlive the registration
+
+
+def _register() -> None:
+    if _handlers:
+        return
+    jax = import_jax()
+    for platform, name in (("cpu", "cpu"), ("cuda", "CUDA")):
+        handler = _HANDLER(lambda frame, platform=platform: _handle(frame, platform))
+        _handlers[platform] = handler
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform=name)

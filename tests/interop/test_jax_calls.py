@@ -1,0 +1,189 @@
+"""`paged_attention` from JAX: served by our backends, under jit, without copies of the pool, with their errors.
+
+Legend: T query tokens, B requests, P pages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+jax = pytest.importorskip("jax")
+
+from fa_research import backends  # noqa: E402
+from fa_research.errors import BackendUnavailable, InteropError, Unsupported  # noqa: E402
+from fa_research.interop import ffi  # noqa: E402
+from fa_research.interop.dlpack import to_jax, to_torch  # noqa: E402
+from fa_research.interop.jax import paged_attention  # noqa: E402
+from fa_research.interop.share import share_metadata, share_pool  # noqa: E402
+from fa_research.masks import Causal, Chunked, Full, Mask, SlidingWindow  # noqa: E402
+from tests.helpers import DEVICES, Scene, make_spec  # noqa: E402
+
+LENS = {"decode": ((0, 1), (15, 1), (16, 1), (49, 1)), "mixed": ((0, 6), (20, 1), (15, 18), (0, 1))}
+NAMES = pytest.mark.parametrize("name", [name for name in backends.names() if name != "jax"])
+
+
+def arguments(scene: Scene) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arrays, static arguments) of a call over what the scene's cache holds, new tokens included."""
+    backend = backends.create("torch", scene.settings(), scene.specs)
+    scene.run(backend)  # writes the new tokens
+    metadata, pool, spec = backend.forward_metadata, share_pool(scene.cache.kv), scene.spec
+    assert metadata is not None
+    shared = share_metadata(metadata)
+    arrays = {
+        "q_THD": to_jax(torch.cat(scene.q)),
+        "k_PSKD": pool.k_LPSKD,
+        "v_PSKV": pool.v_LPSKV,
+        "page_table_BP": shared.page_table_BP,
+        "cache_seqlens_B": shared.cache_seqlens_int32_B,
+        "cu_seqlens_q_B1": None if scene.decode else shared.cu_seqlens_q_B1,
+        "sinks_H": None if scene.sinks is None else to_jax(scene.sinks),
+    }
+    static = {"mask": spec.mask, "scale": spec.scale, "softcap": spec.softcap, "layer": scene.layer_id}
+    return arrays, static
+
+
+def make_scene(mask: Mask | None = None, lens: str = "decode", device: str = "cpu", **more: Any) -> Scene:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    spec = make_spec((4, 2), 64, mask, **more)
+    return Scene(spec, LENS[lens], 16, dtype, device, decode=lens == "decode")
+
+
+@NAMES
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lens", list(LENS))
+@pytest.mark.parametrize(
+    ("mask", "sink"),
+    [(Causal(), False), (SlidingWindow(7), True), (Full(), False)],
+    ids=["causal", "window", "full"],
+)
+def test_under_jit_it_is_the_definition(name: str, device: str, lens: str, mask: Mask, sink: bool) -> None:
+    scene = make_scene(mask, lens, device, has_sink=sink)
+    scene.backend(name)  # skips where it cannot
+    arrays, static = arguments(scene)
+    run = jax.jit(
+        lambda arrays: paged_attention(**arrays, **static, backend=name, return_lse=True, device=device)
+    )
+    for _ in range(2):
+        out, lse = run(arrays)
+        counts = [new for _, new in scene.lens]
+        scene.check_outputs(to_torch(out).split(counts), range(len(counts)))
+        for i, lse_QH in enumerate(to_torch(lse).split(counts)):
+            torch.testing.assert_close(
+                lse_QH.double(), scene.reference(i, torch.float64)[1], rtol=1e-2, atol=1e-2
+            )
+
+
+def test_outside_jit_too() -> None:
+    scene = make_scene()
+    arrays, static = arguments(scene)
+    out = paged_attention(**arrays, **static)
+    scene.check_outputs(to_torch(out).split(1), range(len(scene.lens)))
+
+
+def test_the_pool_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = make_scene()
+    arrays, static = arguments(scene)
+    seen: list[int] = []
+    call = ffi.Call.tensors
+
+    def tensors(self: ffi.Call, addresses: tuple[int, ...]) -> Any:
+        seen.extend(addresses)
+        return call(self, addresses)
+
+    monkeypatch.setattr(ffi.Call, "tensors", tensors)
+    jax.jit(lambda arrays: paged_attention(**arrays, **static))(arrays).block_until_ready()
+    pool = scene.cache.kv
+    assert {pool.k_LNKD.data_ptr(), pool.v_LNKV.data_ptr()} <= set(seen)
+
+
+def test_in_a_scan_over_layers() -> None:
+    """The layer may be traced: one program for all layers, over the pool of all layers."""
+    scene = make_scene()
+    arrays, static = arguments(scene)
+    static.pop("layer")
+
+    def over_layers(arrays: dict[str, Any]) -> Any:
+        step = lambda _, layer: (None, paged_attention(**arrays, **static, layer=layer))  # noqa: E731
+        return jax.lax.scan(step, None, jax.numpy.arange(2))[1]
+
+    scene.cache.kv.k(0).zero_()
+    scene.cache.kv.v(0).fill_(2.0)
+    outs = to_torch(jax.jit(over_layers)(arrays))
+    scene.check_outputs(outs[1].split(1), range(len(scene.lens)))
+    torch.testing.assert_close(outs[0], torch.full_like(outs[0], 2.0))
+
+
+def test_equal_calls_share_a_number_and_leave_nothing_behind() -> None:
+    scene = make_scene()
+    arrays, static = arguments(scene)
+    run = jax.jit(lambda arrays: paged_attention(**arrays, **static))
+    run(arrays).block_until_ready()
+    calls, live = len(ffi._calls), len(jax.live_arrays())
+    jax.jit(lambda arrays: 2 * paged_attention(**arrays, **static))(arrays).block_until_ready()
+    for _ in range(50):
+        run(arrays).block_until_ready()
+    assert len(ffi._calls) == calls and len(jax.live_arrays()) <= live
+
+
+def test_vmap_is_refused() -> None:
+    arrays, static = arguments(make_scene())
+    q = arrays.pop("q_THD")
+    with pytest.raises(InteropError, match="jax.vmap over paged_attention.*one ragged call"):
+        jax.vmap(lambda q: paged_attention(q, **arrays, **static))(jax.numpy.stack([q, q]))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"q_THD": lambda q: q[0]}, r"q_THD has shape \(4, 64\), it needs 3 dimensions"),
+        ({"q_THD": lambda q: q[:3]}, "one query a request, there are 3 queries and 4 requests"),
+        ({"q_THD": lambda q: q.astype("float16")}, "dtypes of q, k and v: float16, float32, float32"),
+        ({"q_THD": lambda q: q[..., :32]}, "head dim of q is 32, that of k is 64"),
+        ({"q_THD": lambda q: q[:, :3]}, "3 query heads are no multiple of 2 KV heads"),
+        ({"page_table_BP": lambda t: t[:2]}, "page_table_BP has 2 rows for 4 requests"),
+        ({"cache_seqlens_B": lambda x: x.astype("int16")}, "cache_seqlens_B is int16, it has to be int32"),
+        ({"v_PSKV": lambda v: v[:, :-1]}, "pages, slots and heads differ"),
+    ],
+)
+def test_arguments_that_do_not_fit(change: dict[str, Any], says: str) -> None:
+    arrays, static = arguments(make_scene())
+    ((name, apply),) = change.items()
+    arrays[name] = apply(arrays[name])
+    with pytest.raises(InteropError, match=says):
+        jax.jit(lambda arrays: paged_attention(**arrays, **static))(arrays)
+
+
+def test_what_a_backend_refuses_is_its_own_error_when_traced() -> None:
+    arrays, static = arguments(make_scene())
+    run = lambda name: jax.jit(lambda arrays: paged_attention(**arrays, **static, backend=name))(arrays)  # noqa: E731
+    with pytest.raises(InteropError, match="backend=jax serves torch"):
+        run("jax")
+    with pytest.raises(ValueError, match="backend.name=flash is unknown"):
+        run("flash")
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailable, match="backend=fa3 is not available here"):
+            run("fa3")
+    arrays["q_THD"] = arrays["q_THD"][..., :40]
+    arrays |= {name: arrays[name][..., :40] for name in ("k_PSKD", "v_PSKV")}
+    with pytest.raises(Unsupported, match="head dim 40"):
+        run("triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU a wrong page id is an illegal address")
+def test_an_error_while_the_program_runs_is_a_python_error() -> None:
+    arrays, static = arguments(make_scene())
+    arrays["page_table_BP"] = arrays["page_table_BP"] + 100_000
+    with pytest.raises(jax.errors.JaxRuntimeError, match="IndexError: index .* is out of bounds"):
+        jax.block_until_ready(
+            jax.jit(lambda arrays: paged_attention(**arrays, **static, backend="torch"))(arrays)
+        )
+
+
+def test_chunks_by_predicate_and_not_by_rewriting() -> None:
+    scene = make_scene(Chunked(12))
+    arrays, static = arguments(scene)
+    out = jax.jit(lambda arrays: paged_attention(**arrays, **static, backend="torch"))(arrays)
+    scene.check_outputs(to_torch(out).split(1), range(len(scene.lens)))
