@@ -72,7 +72,9 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
             tokens = max([needs.tokens_per_pass, *config.cuda_graph.batch_sizes])
             return AttentionStack(specs, max_tokens=tokens, dtype=dtype, device=device, seed=config.seed)
         shown = partial(progress, enabled=config.tracking.progress)
-        return build_model(config.model, dtype=dtype, device=device, seed=config.seed, progress=shown)
+        return build_model(
+            config.model, dtype=dtype, device=device, seed=config.seed, rope_len=max(needs.seq_lens), progress=shown
+        )  # fmt: skip
 
     with progress(f"{config.backend.name} {config.workload.name}", 4, config.tracking.progress) as tick:
         engine = build_engine(config, needs, specs, device, make_model)

@@ -35,7 +35,7 @@ LLAMA_3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
-STRETCHED = RopeScaling(RopeType.llama3, 32.0, 1.0, 4.0, 8192)
+STRETCHED = RopeScaling(RopeType.llama3, factor=32.0, original_max_position=8192)
 
 
 def raw(architecture: str = "Llama", **changes: Any) -> dict[str, Any]:
@@ -121,38 +121,62 @@ def test_what_transformers_reads(
 @pytest.mark.parametrize(
     ("architecture", "changes", "says"),
     [
-        ("Mixtral", {}, "architectures=.*Mixtral.* supported are LlamaForCausalLM, MistralForCausalLM, Qwen2For"),
+        ("Falcon", {}, "architectures=.*Falcon.* supported are LlamaForCausalLM, MistralForCausalLM, Qwen2For"),
         ("Llama", {"architectures": ...}, "architectures=null is not supported"),
         ("Llama", {"architectures": [["x"]]}, "architectures=.*is not supported"),
         ("Llama", {"hidden_size": ..., "vocab_size": "9"}, 'hidden_size is missing.*vocab_size="9": expected a whole'),
         ("Llama", {"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number above 0"),
         ("Llama", {"num_hidden_layers": True}, "num_hidden_layers=true: expected"),
+        ("Llama", {"max_position_embeddings": -1}, "max_position_embeddings=-1: expected a whole number above 0$"),
         ("Mistral", {"num_key_value_heads": ...}, "num_key_value_heads is missing"),
         ("Llama", {"tie_word_embeddings": "yes"}, 'tie_word_embeddings="yes": expected true or false'),
+        ("Llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps=Infinity: expected a number"),
         ("Llama", {"quantization_config": {"bits": 4}}, "quantization_config=.*is not supported"),
-        ("Llama", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("Llama", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config=.*is not supported"),
+        ("GptOss", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*is not supported"),
+        ("GptOss", {"quantization_config": {"quant_method": ["mxfp4"]}}, "quantization_config=.*is not supported"),
         ("Llama", {"mlp_bias": True}, "mlp_bias=true is not supported"),
-        ("Qwen3", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("Mistral", {"attention_bias": True}, "attention_bias=true is not supported"),
         ("Llama", {"num_local_experts": 8}, "num_local_experts=8 is not supported"),
-        ("Llama", {"hidden_act": "gelu"}, 'hidden_act="gelu" is not supported; only silu is'),
-        ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ("Llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true is not supported"),
+        ("Llama", {"hidden_act": "gelu"}, 'hidden_act="gelu" is not supported; supported are silu, swish, gelu_pyt'),
+        ("Gemma2", {"hidden_activation": "gelu"}, 'hidden_activation="gelu" is not supported'),
+        ("GptOss", {"swiglu_limit": 8.0}, "swiglu_limit=8.0 is not supported; only 7.0 is"),
+        ("Qwen3Moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),
+        ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported; every layer must have exp"),
+        ("Qwen3Moe", {"num_experts": 0}, "num_experts=0: expected a whole number above 0"),
+        ("Gemma2", {"sliding_window": None}, "sliding_window=null: expected a whole number"),
+        ("Phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor=0.75 is not supported; only 1 is"),
         ("Llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
-        ("Llama", {"rope_scaling": {"type": "linear", "factor": 2}}, 'type "linear".*supported are default, llama3'),
-        ("Llama", {"rope_parameters": {"rope_type": "yarn"}}, 'type "yarn" is not supported'),
+        (
+            "Llama",
+            {"rope_scaling": {"type": "proportional"}},
+            'type "proportional" is not supported; supported are default, linear, dynamic, llama3, yarn, longrope',
+        ),
+        ("Llama", {"rope_scaling": {"type": "su"}}, 'RoPE of type "su" is not supported'),
+        ("Llama", {"rope_scaling": {"type": ["yarn"]}}, r'RoPE of type \["yarn"\] is not supported'),
+        ("Llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling.factor is missing: expected a number"),
         ("Llama", {"rope_parameters": {"full_attention": {}}}, "full_attention={} is not supported"),
         ("Llama", {"rope_scaling": {**LLAMA_3, "attention_factor": 2}}, "rope_scaling.attention_factor=2 is not"),
-        ("Llama", {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor is missing"),
+        ("Llama", {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.low_freq_factor is missing"),
         ("Llama", {"rope_scaling": "llama3"}, 'rope_scaling="llama3": expected an object'),
-        ("Llama", {"layer_types": ["sliding_attention"] * 3}, "layer_types=.* is not supported by LlamaFor"),
-        ("Mistral", {"layer_types": ["full_attention"] * 3}, "layer_types=.*other than sliding_attention"),
+        ("Gemma3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type=.yarn. is not supported"),
         (
-            "Qwen3",
-            {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
-            "layers of the kinds full_attention, sliding_attention are not supported",
+            "Gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2}}},
+            "RoPE of type linear for sliding_attention is not supported",
         ),
-        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "layers of the kinds full_attention, sliding"),
+        (
+            "Phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": 1.0, "long_factor": [1, "a"]}},
+            r'rope_scaling.short_factor=1.0: expected a list.*rope_scaling.long_factor=\[1, "a"\]: expected a list',
+        ),
+        ("Llama", {"layer_types": ["sliding_attention"] * 3}, "layer_types=.* other than full_attention for every"),
+        ("Mistral", {"layer_types": ["full_attention"] * 3}, "layer_types=.*other than sliding_attention"),
+        ("Qwen3", {"layer_types": ["full_attention"]}, "layer_types=.*one of full_attention.*for each of 3 layers"),
         ("Qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types=.*without use_sliding_window"),
-        ("Qwen3", {"layer_types": ["linear_attention"] * 3}, "layers of the kinds linear_attention"),
+        ("Qwen3", {"layer_types": [["linear_attention"]] * 3}, "layer_types=.*one of full_attention and sliding_att"),
     ],
 )  # fmt: skip
 def test_what_is_refused(architecture: str, changes: dict[str, Any], says: str) -> None:
@@ -162,8 +186,8 @@ def test_what_is_refused(architecture: str, changes: dict[str, Any], says: str) 
 
 def test_everything_wrong_is_said_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        fields(mlp_bias=True, hidden_act="gelu", vocab_size=-1, rope_scaling={"type": "yarn"})
-    assert all(key in str(caught.value) for key in ("mlp_bias", "hidden_act", "vocab_size", "yarn"))
+        fields(mlp_bias=True, hidden_act="gelu", vocab_size=-1, rope_scaling={"type": "ntk"})
+    assert all(key in str(caught.value) for key in ("mlp_bias", "hidden_act", "vocab_size", "ntk"))
 
 
 def test_the_folder_decides_the_shape(tmp_path: Path) -> None:
@@ -252,4 +276,16 @@ def test_the_hash_is_that_of_the_path(tmp_path: Path) -> None:
 
 
 def test_the_supported_architectures() -> None:
-    assert list(FAMILIES) == [f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")]
+    names = (
+        "Llama",
+        "Mistral",
+        "Qwen2",
+        "Qwen3",
+        "Qwen3Moe",
+        "Mixtral",
+        "Gemma2",
+        "Gemma3",
+        "GptOss",
+        "Phi3",
+    )
+    assert list(FAMILIES) == [f"{name}ForCausalLM" for name in names]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fa_research.backends import AttentionBackend, BackendSettings, choose, create
-from fa_research.config import Config, Device, Dtype, GraphMode
+from fa_research.config import Config, Device, Dtype, GraphMode, Level, RopeType
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.cuda_graph import resolve_graph_mode
 from fa_research.engine.decode import DecodeRunner
@@ -157,6 +157,21 @@ def create_cache(
     return PagedKVCache(table, allocator, pool, check_invariants=debug.check_invariants, poison=debug.poison)
 
 
+def rope_notes(config: Config, needs: Needs) -> list[str]:
+    """Which rotation the model gets where its RoPE depends on the length: chosen once, for the longest sequence of the
+    run, as keys in the cache stay rotated as they are."""
+    scaling, longest = config.model.rope_scaling, max(needs.seq_lens)
+    original, reach = scaling.original_max_position, f"sequences of this run reach {longest} of "
+    if config.workload.level is not Level.model:
+        return []
+    if scaling.type is RopeType.longrope:
+        factors = "long" if longest > original else "short"
+        return [f"LongRoPE: {factors} factors, {reach}{original} tokens"]
+    if scaling.type is RopeType.dynamic:
+        return [f"dynamic NTK RoPE: the base for {max(longest, original)} tokens, {reach}{original} tokens"]
+    return []
+
+
 def build_engine(
     config: Config,
     needs: Needs,
@@ -169,6 +184,7 @@ def build_engine(
     dtype = resolve_dtype(config.model.dtype, device)
     backend = create_backend(config, specs, device, dtype, notes)
     graph_mode = resolve_graph_mode(config.cuda_graph, device, backend.capabilities, backend.name)
+    notes += rope_notes(config, needs)
     model = make_model(device, dtype)
     cache = create_cache(config, needs, specs, device, dtype)
     return Engine(config, ModelRunner(model, backend, cache), tuple(specs), device, dtype, graph_mode, notes)

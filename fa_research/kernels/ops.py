@@ -28,7 +28,8 @@ def _kernels() -> SimpleNamespace:
     return SimpleNamespace(
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
-        silu_mul=activation.silu_mul,
+        glu=activation.glu,
+        softcap=activation.softcap,
         write_kv=rope_kv.write_kv,
         rope_write_kv=rope_kv.rope_write_kv,
         fill_metadata=fill_metadata.fill_metadata,
@@ -62,13 +63,27 @@ def add_rms_norm(x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
     return rms_norm(residual_TE, weight_E, eps).to(x_TE.dtype)
 
 
-def silu_mul(gate_up_T2F: Tensor, out: Tensor | None = None) -> Tensor:
-    """``silu(gate) * up`` of gate | up, as SwiGLU has it."""
+def glu(gate_up_T2F: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """``act(gate) * up`` of gate | up: `silu`, `gelu_tanh` or `swiglu_clamped` (gpt-oss)."""
     if _use_kernel(gate_up_T2F):
-        return _kernels().silu_mul(gate_up_T2F, out)
+        return _kernels().glu(gate_up_T2F, activation, out)
     gate, up = _accumulate(gate_up_T2F).chunk(2, dim=-1)
-    result = F.silu(gate) * up
+    if activation == "swiglu_clamped":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        result = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    elif activation == "gelu_tanh":
+        result = F.gelu(gate, approximate="tanh") * up
+    else:
+        assert activation == "silu", activation
+        result = F.silu(gate) * up
     return result.to(gate_up_T2F.dtype) if out is None else out.copy_(result)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(x / cap)``, in place; ``x`` is contiguous."""
+    if _use_kernel(x):
+        return _kernels().softcap(x, cap)
+    return x.copy_(_accumulate(x).div(cap).tanh_().mul_(cap))
 
 
 def write_kv(

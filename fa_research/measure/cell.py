@@ -130,7 +130,8 @@ def _roof(engine: Engine, workload: Workload, unit: Unit, timing: Timing, result
     done = workload.current_pass()
     work = attention_work(done, engine.specs, engine.dtype.itemsize)
     flops = 2 * model.multiply_adds(unit.tokens, len(done.rows)) + work.flops
-    _fraction(engine, unit.name, model.step_weight_bytes + work.bytes, flops, timing.median_us, result)
+    num_bytes = model.step_weight_bytes(unit.tokens, len(done.rows)) + work.bytes
+    _fraction(engine, unit.name, num_bytes, flops, timing.median_us, result)
 
 
 def _fraction(

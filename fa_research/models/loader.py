@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fa_research.errors import CheckpointError
-from fa_research.models.decoder import Decoder, DecoderLayer
+from fa_research.models.decoder import Decoder
+from fa_research.models.layers import DecoderLayer
 
 # Given what is done and how many steps it takes: a context that yields the function to call after each step.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
@@ -74,12 +75,12 @@ def _layer_targets(layer: DecoderLayer) -> dict[str, Tensor]:
         targets |= {f"{name}.bias": part for name, part in zip(projections, biases, strict=True)}
     if layer.q_norm_D is not None and layer.k_norm_D is not None:
         targets |= {"self_attn.q_norm.weight": layer.q_norm_D, "self_attn.k_norm.weight": layer.k_norm_D}
-    gate, up = layer.gate_up.chunk(2)
+    gate, up = layer.mlp.gate_up.chunk(2)
     return targets | {
         "self_attn.o_proj.weight": layer.o,
         "mlp.gate_proj.weight": gate,
         "mlp.up_proj.weight": up,
-        "mlp.down_proj.weight": layer.down,
+        "mlp.down_proj.weight": layer.mlp.down,
         "input_layernorm.weight": layer.input_norm_E,
         "post_attention_layernorm.weight": layer.mlp_norm_E,
     }

@@ -19,7 +19,10 @@ from fa_research.config import (
     Dtype,
     GraphMode,
     KVConfig,
+    Level,
     ModelConfig,
+    RopeScaling,
+    RopeType,
 )
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.cuda_graph import resolve_graph_mode
@@ -30,6 +33,7 @@ from fa_research.engine.engine import (
     create_cache,
     resolve_device,
     resolve_dtype,
+    rope_notes,
 )
 from fa_research.errors import BackendUnavailable, ConfigError
 from fa_research.kv_cache import TokenToKVPool
@@ -287,3 +291,29 @@ def test_an_engine_of_the_attention_path_alone() -> None:
 def test_needs_count_whole_pages() -> None:
     assert Needs((1, 16, 17), 3).pages(16) == 4
     assert Needs((1, 16, 17), 3).pages(1) == 34
+
+
+@pytest.mark.parametrize(
+    ("kind", "original", "note"),
+    [
+        (RopeType.longrope, 32, "LongRoPE: long factors, sequences of this run reach 33 of 32 tokens"),
+        (RopeType.longrope, 33, "LongRoPE: short factors, sequences of this run reach 33 of 33 tokens"),
+        (
+            RopeType.dynamic,
+            32,
+            "dynamic NTK RoPE: the base for 33 tokens, sequences of this run reach 33 of 32 tokens",
+        ),
+        (
+            RopeType.dynamic,
+            64,
+            "dynamic NTK RoPE: the base for 64 tokens, sequences of this run reach 33 of 64 tokens",
+        ),
+        (RopeType.yarn, 32, None),
+    ],
+)
+def test_a_rotation_chosen_by_length_is_noted(kind: RopeType, original: int, note: str | None) -> None:
+    model = dataclasses.replace(MODEL, rope_scaling=RopeScaling(kind, original_max_position=original))
+    config = config_of(model=model)
+    assert rope_notes(config, NEEDS) == ([] if note is None else [note])
+    config.workload.level = Level.attention  # nothing is rotated there
+    assert rope_notes(config, NEEDS) == []

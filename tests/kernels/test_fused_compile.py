@@ -44,7 +44,10 @@ shape = {"WIDTH": 128, "BLOCK": block, "ROWS": rows}
 assert wide < accesses(norm._rms_norm_kernel, shape, warps, eps="float")
 for tokens in (1, 4096):
     block, warps = activation.launch_config(tokens, 14336)
-    assert accesses(activation._silu_mul_kernel, {"F": 14336, "BLOCK": block, "PARTS": 14336 // block}, warps) == wide
+    for name in ("silu", "gelu_tanh", "swiglu_clamped"):
+        shape = {"F": 14336, "BLOCK": block, "PARTS": 14336 // block, "ACTIVATION": name}
+        assert accesses(activation._glu_kernel, shape, warps) == wide
+assert accesses(activation._softcap_kernel, {"BLOCK": activation.SOFTCAP_BLOCK}, cap="float", count="stride") == wide
 heads = {"H": 32, "K": 8, "HALF": 64, "BLOCK_HALF": 64, "V": 128, "BLOCK_V": 128}
 heads["Q_HEADS"], heads["KV_HEADS"], warps = rope_kv.launch_config(32, 8, 128, 128)
 index = {"positions_ptr": "i64", "loc_ptr": "i64"}
@@ -77,7 +80,7 @@ def test_cpu_tensors_never_reach_triton() -> None:
         "import sys, torch\n"
         "from fa_research.kernels import ops\n"
         "x = torch.randn(2, 64)\n"
-        "ops.add_rms_norm(ops.silu_mul(x), torch.zeros(2, 32), torch.ones(32), 1e-5)\n"
+        "ops.add_rms_norm(ops.glu(x, 'silu'), torch.zeros(2, 32), torch.ones(32), 1e-5)\n"
         "assert not {f'fa_research.kernels.{m}' for m in ('norm', 'activation')} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
