@@ -63,7 +63,7 @@ class Decoder(nn.Module):
     def _build_tables(self, device: torch.device | str, rope_len: int | None) -> None:
         config, theta = self.config, self.config.local.rope_theta
         shape = config.max_context_len, config.head_dim
-        table = build_cos_sin(*shape, config.rope_theta, config.rope_scaling, device)
+        table = build_cos_sin(*shape, config.rope_theta, config.rope_scaling, device, rope_len=rope_len)
         self.register_buffer("cos_sin_XD", table, persistent=False)
         own = None
         if theta is not None and any(config.local.pattern):

@@ -22,45 +22,131 @@ tokenizers = pytest.importorskip("tokenizers", reason=REASON)
 safetensors = pytest.importorskip("safetensors.torch", reason=REASON)
 
 WINDOW = 13
-LLAMA_3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
+ORIGINAL = 24  # tokens that the models with a scaled RoPE "were trained on"
+ROPE_LEN = (
+    96  # the longest sequence of the tests, for rotations that depend on it; tests on the GPU have their own
+)
+
+
+def rope(kind: str, **numbers: Any) -> dict[str, Any]:
+    """`rope_parameters` of a type whose every band is within a short prompt."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **numbers}}
+
+
+def windows(*kinds: str) -> dict[str, Any]:
+    """`layer_types`, s or f each."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    layer_types = [names[kind] for kind in kinds]
+    return {"layer_types": layer_types, "num_hidden_layers": len(kinds), "sliding_window": WINDOW}
+
+
+LLAMA_3 = rope(
+    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0,
+    "short_factor": [1 + 0.05 * i for i in range(32)], "long_factor": [1.5 + 0.25 * i for i in range(32)],
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A model of transformers: its classes begin with `family`; `options` differ from the common ones."""
+    """A model of transformers: its class is `family`ForCausalLM; `options` of its config differ from the common ones.
+
+    by_length: transformers computes its rotation anew for the length of each pass, and cached keys keep an older one.
+    """
 
     family: str
     options: dict[str, Any] = field(default_factory=dict)
+    by_length: bool = False
+
+    @property
+    def is_moe(self) -> bool:
+        return self.family in ("Mixtral", "Qwen3Moe", "GptOss")
 
     def make(self, **changes: Any) -> torch.nn.Module:
-        """With random weights, norms and biases too, so that a swapped one shows."""
-        config = getattr(transformers, f"{self.family}Config")(**COMMON | self.options | changes)
-        model = getattr(transformers, f"{self.family}ForCausalLM")(config).eval()
+        """With random weights, norms, biases and sinks too, so that a swapped or forgotten one shows."""
+        model_class = getattr(transformers, f"{self.family}ForCausalLM")
+        options = (
+            COMMON | self.options | changes | {"attn_implementation": "eager"}
+        )  # sdpa has no sinks, no softcap
+        model: torch.nn.Module = model_class(model_class.config_class(**options)).eval()
+        self._settle(model)
         generator = torch.Generator().manual_seed(1)
+        norm = 0.0 if self.family.startswith("Gemma") else 1.0  # Gemma's are offsets
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                weight.normal_(1.0 if "norm" in name else 0.0, 0.15, generator=generator)
+                if "sinks" in name:
+                    weight.normal_(8.0, 3.0, generator=generator)  # as large as the scores' logsumexp
+                else:
+                    weight.normal_(norm if "norm" in name else 0.0, 0.15, generator=generator)
         return model
+
+    def open(self, folder: Path, dtype: torch.dtype, device: str) -> torch.nn.Module:
+        """A saved one, as transformers opens it: rotations stay in float32 whatever the dtype."""
+        model_class = getattr(transformers, f"{self.family}ForCausalLM")
+        model = model_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+        self._settle(model)
+        return model.to(device)
+
+    def _settle(self, model: Any) -> None:
+        if self.is_moe:
+            model.set_experts_implementation("eager")
 
 
 COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 160, "rms_norm_eps": 1e-5,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
+GEMMA = {"hidden_size": 192, "query_pre_attn_scalar": 100}
+YARN = rope("yarn", factor=16.0, original_max_position_embeddings=ORIGINAL, truncate=False)
+YARN["max_position_embeddings"] = 16 * ORIGINAL
+PHI = {"rope_parameters": LONGROPE, "sliding_window": None}
 PEERS = {
-    "llama": Peer("Llama", {"rope_parameters": LLAMA_3}),
+    "llama": Peer("Llama", LLAMA_3),
     "llama-tied": Peer("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": Peer("Llama", {"attention_bias": True}),
+    "llama-linear": Peer("Llama", rope("linear", factor=4.0)),
+    "llama-dynamic": Peer(
+        "Llama", rope("dynamic", factor=24.0) | {"max_position_embeddings": ORIGINAL}, by_length=True
+    ),
+    "llama-yarn": Peer("Llama", YARN),
     "mistral": Peer("Mistral", {"sliding_window": WINDOW}),
-    "qwen2": Peer("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-    "qwen2-window": Peer("Qwen2", QWEN_WINDOW),
+    "qwen2": Peer("Qwen2", rope("default", rope_theta=1e6)),
+    "qwen2-window": Peer("Qwen2", QWEN_WINDOW | {"num_hidden_layers": 3, "max_window_layers": 1}),
     "qwen3": Peer("Qwen3", {"head_dim": 64, "hidden_size": 96, "rms_norm_eps": 1e-3}),
     "qwen3-tied": Peer("Qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
-}
+    "qwen3moe": Peer(
+        "Qwen3Moe",
+        {"head_dim": 64, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48},
+    ),
+    "mixtral": Peer("Mixtral", {"sliding_window": WINDOW, "num_local_experts": 6, "num_experts_per_tok": 2}),
+    "gemma2": Peer(
+        "Gemma2",
+        GEMMA | windows("s", "f") | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
+        | {"head_dim": 128, "tie_word_embeddings": True},
+    ),
+    "gemma3": Peer(
+        "Gemma3",
+        GEMMA | windows("s", "s", "f")
+        | {
+            "head_dim": 64,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            }
+        },
+    ),
+    "gptoss": Peer(
+        "GptOss",
+        {"head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 3} | windows("s", "f")
+        | YARN,
+    ),
+    "phi3-long": Peer("Phi3", PHI | {"original_max_position_embeddings": ORIGINAL}, by_length=True),
+    "phi3-short": Peer("Phi3", PHI | {"original_max_position_embeddings": 400}, by_length=True),
+}  # fmt: skip
 
 
 def save(
@@ -72,10 +158,12 @@ def save(
     return model
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """What we make of a folder, on the CPU."""
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", rope_len: int = ROPE_LEN
+) -> Decoder:
+    """What we make of a folder."""
     config = take_from_folder(ModelConfig(path=str(folder), dtype=Dtype.float32))
-    return build_model(config, dtype=dtype, device="cpu", seed=0)
+    return build_model(config, dtype=dtype, device=device, seed=0, rope_len=rope_len)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -13,48 +13,72 @@ import pytest
 import torch
 from torch import Tensor
 
+from fa_research.config import ModelConfig
+from fa_research.config.checkpoint import take_from_folder
 from fa_research.errors import CheckpointError
-from fa_research.models import build_model, load_weights
-from fa_research.models.loader import INDEX, ONE_FILE, weight_targets
-from tests.models.checkpoints import PEERS, edit_config, edit_weights, load, save
+from fa_research.models import Decoder, build_model, load_weights
+from fa_research.models.checkpoint_files import INDEX, ONE_FILE
+from fa_research.models.names import weight_targets
+from tests.models.checkpoints import PEERS, edit_config, edit_weights, load, safetensors, save
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
-def check_weights(folder: Path, theirs: torch.nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Every weight of theirs is in ours, bit for bit after conversion, and ours are all written."""
-    targets = weight_targets(load(folder, dtype))
-    expected = {name: weight for name, weight in theirs.named_parameters() if name in targets}
-    assert expected.keys() == targets.keys()
-    for name, weight in expected.items():
-        wanted = torch.float32 if "norm" in name else dtype
-        assert targets[name].dtype == wanted
-        assert torch.equal(targets[name], weight.to(wanted)), name
+def read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, as safetensors itself reads them."""
+    files = folder.glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in safetensors.load_file(file).items()}
+
+
+def check_weights(folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Every tensor of the folder is in the model, bit for bit after conversion, and nothing of the model is left out.
+    Whether it is in the right place is for test_parity.py."""
+    config = take_from_folder(ModelConfig(path=str(folder)))
+    model, stored = Decoder(config, dtype=dtype, device="cpu"), read(folder)
+    for weight in model.parameters():
+        weight.fill_(float("nan"))
+    load_weights(model, folder)
+    targets = weight_targets(model, stored).values()
+    spare = {name for name in stored if "inv_freq" in name or (name == HEAD and config.tie_word_embeddings)}
+    assert {name for target in targets for name in target.sources} == stored.keys() - spare
+    for target in targets:
+        tensors = [stored[name] for name in target.sources]
+        expected = tensors[0] if target.transform is None else target.transform(*tensors)
+        assert torch.equal(target.destination, expected.to(target.destination.dtype)), target.sources
+    assert not any(weight.isnan().any() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_every_weight_is_loaded(name: str, tmp_path: Path) -> None:
-    theirs = save(PEERS[name], tmp_path)
+    save(PEERS[name], tmp_path)
     assert not list(tmp_path.glob("*.index.json"))
-    check_weights(tmp_path, theirs)
-    model = load(tmp_path)
-    targets = weight_targets(model)
-    assert sum(target.numel() for target in targets.values()) == sum(p.numel() for p in model.parameters())
+    check_weights(tmp_path)
+
+
+def test_gemma_norms_are_offsets_from_one(tmp_path: Path) -> None:
+    """Added in float32: near 1 bfloat16 would lose all but seven bits of them."""
+    theirs = save(PEERS["gemma3"], tmp_path, torch.bfloat16)
+    model = load(tmp_path, torch.bfloat16)
+    offset = theirs.model.layers[1].pre_feedforward_layernorm.weight
+    assert model.layers[1].mlp_norm_E.dtype == torch.float32
+    assert torch.equal(model.layers[1].mlp_norm_E, 1 + offset.float())
+    assert not torch.equal(model.layers[1].mlp_norm_E, (1 + offset).float())
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_are_converted(stored: torch.dtype, tmp_path: Path) -> None:
-    theirs = save(PEERS["qwen2"], tmp_path, stored)
-    check_weights(tmp_path, theirs)  # from 16 bit exactly, as float32 holds them all
-    check_weights(tmp_path, theirs, torch.bfloat16)
+    for name in ("qwen2", "gemma2", "gptoss"):
+        save(PEERS[name], tmp_path, stored)
+        check_weights(tmp_path)  # from 16 bit exactly, as float32 holds them all
+        check_weights(tmp_path, torch.bfloat16)
 
 
 def test_shards(tmp_path: Path) -> None:
-    theirs = save(PEERS["qwen3"], tmp_path, max_shard_size="200KB")
+    save(PEERS["qwen3"], tmp_path, max_shard_size="200KB")
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 2
-    check_weights(tmp_path, theirs)
+    check_weights(tmp_path)
     for name in shards[1:]:
         (tmp_path / name).unlink()
     with pytest.raises(CheckpointError) as caught:
@@ -64,9 +88,9 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_may_be_stored_too_if_it_is_the_same(tmp_path: Path) -> None:
-    theirs = save(PEERS["llama-tied"], tmp_path)
+    save(PEERS["llama-tied"], tmp_path)
     edit_weights(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
-    check_weights(tmp_path, theirs)
+    check_weights(tmp_path)
     model = load(tmp_path)
     assert model.head is model.embedding
     edit_weights(tmp_path, lambda tensors: tensors[HEAD].mul_(2))
@@ -77,10 +101,10 @@ def test_a_tied_head_may_be_stored_too_if_it_is_the_same(tmp_path: Path) -> None
 
 
 def test_stored_frequencies_of_the_rotation_are_left_alone(tmp_path: Path) -> None:
-    theirs = save(PEERS["llama"], tmp_path)
+    save(PEERS["llama"], tmp_path)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_weights(tmp_path, lambda tensors: tensors.update({name: torch.ones(32)}))
-    check_weights(tmp_path, theirs)
+    check_weights(tmp_path)
 
 
 def test_all_that_is_wrong_with_the_tensors_is_one_error(tmp_path: Path) -> None:
