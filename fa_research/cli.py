@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fa_research.config import load_config, to_plain
 from fa_research.config.explain import explain
+from fa_research.config.free_text import quote_free_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import FaResearchError
@@ -69,6 +70,7 @@ def launch(main: Callable[[], Any]) -> None:
         )
         return
     register()
+    sys.argv[1:] = quote_free_text(sys.argv[1:])
     _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; otherwise it prints its own text and exits
     try:

@@ -15,6 +15,7 @@ from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.engine import Engine, build_engine, resolve_device
 from fa_research.engine.model_runner import EngineModel
 from fa_research.measure.cell import Measurement, check, measure
+from fa_research.measure.quality import measure_quality
 from fa_research.measure.timing import Timer
 from fa_research.models import attention_specs, build_model
 from fa_research.tracking import (
@@ -25,10 +26,12 @@ from fa_research.tracking import (
     environment,
     print_table,
     progress,
+    stream_text,
     wandb_run,
 )
 from fa_research.tracking.records import now
 from fa_research.tracking.wandb_mirror import WandbMirror
+from fa_research.workloads.text import Text
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ def run_cell(config: Config, *, resolved: dict[str, Any], output_dir: Path, mult
 
 
 def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
-    """Build, check, time."""
+    """Build, write text, check, score, time."""
     workload = workloads.create(config)
     needs = workload.needs()
     specs = attention_specs(config.model)
@@ -76,9 +79,11 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
             config.model, dtype=dtype, device=device, seed=config.seed, rope_len=max(needs.seq_lens), progress=shown
         )  # fmt: skip
 
+    engine = build_engine(config, needs, specs, device, make_model)  # loading draws its own progress
+    row.environment = environment() | _environment(engine)
+    if isinstance(workload, Text) and workload.options.generate:
+        row.generated = _generate(engine, workload)
     with progress(f"{config.backend.name} {config.workload.name}", 4, config.tracking.progress) as tick:
-        engine = build_engine(config, needs, specs, device, make_model)
-        row.environment = environment() | _environment(engine)
         workload.prepare(engine)
         row.environment |= _environment(engine)  # whether decode steps are captured is known now
         tick()
@@ -91,10 +96,18 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
                 )
         else:
             row.notes.append("not checked against the oracle: measure.check=false")
+        if config.measure.quality and isinstance(workload, Text) and engine.stack is None:
+            row.metrics |= measure_quality(engine, workload)
         tick()
         if row.status is Status.ok:
             _time(row, engine, workload, config, mirror, tick)
     row.notes += engine.notes
+
+
+def _generate(engine: Engine, workload: Text) -> dict[str, str]:
+    """The text that `workload.generate` asks for, streamed to the screen."""
+    prompt, text = stream_text(workload.generation(engine).text())
+    return {"prompt": prompt, "text": text}
 
 
 def _time(

@@ -235,6 +235,7 @@ class TextWorkload(WorkloadConfig):
 @dataclass(slots=True)
 class MeasureConfig:
     check: bool = True
+    quality: bool = True  # of real text: bits per byte, agreement with float32
     check_requests: int = 2
     warmup: int = 3
     repeats: int = 20

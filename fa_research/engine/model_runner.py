@@ -5,7 +5,7 @@ Legend: T query tokens, B requests, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,8 @@ from fa_research.backends import AttentionBackend
 from fa_research.batch import ForwardBatch, extend_batch
 from fa_research.errors import ConfigError
 from fa_research.kv_cache import CachedRequest, PagedKVCache
+
+Observe = Callable[[ForwardBatch, Tensor], object]  # an extend pass's batch and hidden states [T, E]
 
 
 class EngineModel(Protocol):
@@ -59,29 +61,41 @@ class ModelRunner:
         return extend_batch(self.req_to_token_RW, [r.row for r in requests], prefix_lens, new_tokens)
 
     @torch.inference_mode()
-    def extend_pass(self, batch: ForwardBatch) -> Tensor | None:
-        """One EXTEND or MIXED pass: metadata, model, logits [B, vocabulary] of each request's last token."""
+    def extend_pass(self, batch: ForwardBatch, observe: Observe | None = None) -> Tensor | None:
+        """One EXTEND or MIXED pass: metadata, model, logits [B, vocabulary] of each request's last token. `observe`
+        gets the hidden states of all tokens, which are computed for it alone."""
         metadata = self.backend.init_forward_metadata(batch, self.req_to_token_RW)
         last_B = metadata.cu_seqlens_q_B1[1:].long() - 1
-        return self.model.compute_logits(self.forward(batch, last_B))
+        if observe is None:
+            return self.model.compute_logits(self.forward(batch, last_B))
+        hidden_TE = self.forward(batch)
+        observe(batch, hidden_TE)
+        return self.model.compute_logits(hidden_TE[last_B])
 
     def extend(
-        self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int] | Tensor]
+        self,
+        requests: Sequence[CachedRequest],
+        new_tokens: Sequence[Sequence[int] | Tensor],
+        observe: Observe | None = None,
     ) -> Tensor | None:
         """Extend each request by its new tokens; logits [B, vocabulary] of the last ones."""
-        return self.extend_pass(self.prepare_extend(requests, new_tokens))
+        return self.extend_pass(self.prepare_extend(requests, new_tokens), observe)
 
     def extend_in_chunks(
-        self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int]], chunk_size: int
+        self,
+        requests: Sequence[CachedRequest],
+        new_tokens: Sequence[Sequence[int]],
+        chunk_size: int,
+        observe: Observe | None = None,
     ) -> Tensor | None:
         """Chunked prefill: passes of at most `chunk_size` tokens of each request, while any has tokens left.
-        Logits [B, vocabulary] of every request's last token."""
+        Logits [B, vocabulary] of every request's last token. `observe` as in `extend_pass`."""
         _refuse_empty(new_tokens)
         last: dict[int, Tensor] = {}
         for start in range(0, max(map(len, new_tokens)), chunk_size):
             active = [i for i, tokens in enumerate(new_tokens) if len(tokens) > start]
             pieces = [new_tokens[i][start : start + chunk_size] for i in active]
-            logits = self.extend([requests[i] for i in active], pieces)
+            logits = self.extend([requests[i] for i in active], pieces, observe)
             if logits is not None:
                 last |= dict(zip(active, logits, strict=True))
         return torch.stack([last[i] for i in range(len(requests))]) if last else None

@@ -7,7 +7,7 @@ positions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -63,35 +63,34 @@ class OracleAttention:
 
 
 @contextmanager
-def float64_weights(model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
-    """Within, `model` computes in float64: a layer's weights are converted when it is called and dropped
-    after, those outside the layers at once. The weights themselves, and the graphs that hold their addresses,
-    are untouched."""
-    kept: list[tuple[nn.Parameter, Tensor]] = []
+def weights_as(dtype: torch.dtype, model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
+    """Within, `model` computes in `dtype`: a layer's weights are converted when it is called and dropped after,
+    those outside the layers at once. The weights themselves, and the graphs that hold their addresses, are
+    untouched."""
+    outside: list[tuple[nn.Parameter, Tensor]] = []
+    inside: list[tuple[nn.Parameter, Tensor]] = []  # of the layer that runs
 
-    def raise_precision(module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-        saved = [(p, p.data) for p in module.parameters() if p.dtype != torch.float64]
-        for parameter, data in saved:
-            parameter.data = data.double()
-        return saved
+    def convert(parameters: Iterable[nn.Parameter], kept: list[tuple[nn.Parameter, Tensor]]) -> None:
+        for parameter in parameters:
+            if parameter.dtype != dtype:
+                kept.append((parameter, parameter.data))
+                parameter.data = parameter.data.to(dtype)
 
-    def restore(saved: list[tuple[nn.Parameter, Tensor]]) -> None:
-        while saved:
-            parameter, data = saved.pop()
+    def restore(kept: list[tuple[nn.Parameter, Tensor]]) -> None:
+        while kept:
+            parameter, data = kept.pop()
             parameter.data = data
 
-    inside = {id(p) for p in layers.parameters()}
-    outside = [(p, p.data) for p in model.parameters() if id(p) not in inside]
+    of_layers = {id(p) for p in layers.parameters()}
     handles = []
     for layer in layers:
-        handles.append(layer.register_forward_pre_hook(lambda m, _: kept.extend(raise_precision(m))))
-        handles.append(layer.register_forward_hook(lambda *_: restore(kept)))
-    for parameter, data in outside:
-        parameter.data = data.double()
+        handles.append(layer.register_forward_pre_hook(lambda m, _: convert(m.parameters(), inside)))
+        handles.append(layer.register_forward_hook(lambda *_: restore(inside)))
     try:
+        convert((p for p in model.parameters() if id(p) not in of_layers), outside)
         yield
     finally:
-        restore(kept)
+        restore(inside)
         restore(outside)
         for handle in handles:
             handle.remove()
@@ -118,7 +117,7 @@ class Oracle:
         model = engine.runner.model
         assert isinstance(model, nn.Module) and isinstance(model.layers, nn.ModuleList)
         self._baselines = [case_logits(engine, case, engine.dtype) for case in cases]
-        with float64_weights(model, model.layers):
+        with weights_as(torch.float64, model, model.layers):
             self._references = [case_logits(engine, case, torch.float64) for case in cases]
 
     def judge(self, results: Sequence[Tensor]) -> Verdict:

@@ -6,6 +6,7 @@ from fa_research.tracking.environment import environment
 from fa_research.tracking.failures import failed_row
 from fa_research.tracking.records import ROWS_FILE, Row, RowWriter, Status, read_rows
 from fa_research.tracking.screen import CONSOLE, print_table, progress
+from fa_research.tracking.stream import stream_text
 from fa_research.tracking.wandb_mirror import WandbMirror, wandb_run
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "print_table",
     "progress",
     "read_rows",
+    "stream_text",
     "wandb_run",
 ]

@@ -45,6 +45,7 @@ class Row:
         config_hash: eight hex digits, see `fa_research.config.config_hash`.
         metrics: numbers with their units in their names, such as `decode_step_us` or `kv_pool_bytes`.
         checks: what was compared with the oracle: errors, tolerances, verdicts.
+        generated: with `workload.generate`, the `prompt` and the `text` that the model wrote after it.
         notes: anything a reader of the row should know.
         reasons: why the cell is not `ok`.
         started, finished: ISO 8601, UTC.
@@ -55,6 +56,7 @@ class Row:
     config_hash: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
+    generated: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)

@@ -26,6 +26,8 @@ from fa_research.tracking.records import Row, Status
 log = logging.getLogger(__name__)
 
 _PIPE_WIDTH = 160  # columns of a table that no terminal limits
+_QUALITY = ("bits_per_byte", "decode_bits_per_byte", "top1_agreement")
+_LATER = ("_bytes", "_pages", "oracle_bits_per_byte", "decode_top1_agreement", "perplexity", "scored_tokens")
 _STYLES = {Status.ok: "green", Status.unsupported: "dim", Status.suspect: "yellow"}
 
 
@@ -96,7 +98,7 @@ class _LoggedProgress:
             log.info("%s: %d of %d", self.description, self.done, self.total)
 
 
-def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_metrics: int = 6) -> None:
+def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_metrics: int = 8) -> None:
     """Print one row as a list of its metrics, several as a table of what varies between their configs.
 
     Args:
@@ -192,12 +194,18 @@ def _broken(name: str, width: int) -> str:
 
 
 def _main_metrics(rows: Sequence[Row]) -> list[str]:
-    """Names of the numbers worth a column: no percentiles, counts or settings; times come before sizes."""
+    """Names of the numbers worth a column: no percentiles, counts or settings. Quality, then times, then the rest."""
     names = dict.fromkeys(
         name for row in rows for name, value in row.metrics.items() if isinstance(value, int | float)
     )
     main = [name for name in names if not re.search(r"_(p\d+_\w+|count)$", name)]
-    return sorted(main, key=lambda name: name.endswith(("_bytes", "_pages")))
+    return sorted(main, key=_rank)
+
+
+def _rank(name: str) -> int:
+    if name in _QUALITY:
+        return 0
+    return 2 if name.endswith(_LATER) else 1
 
 
 def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:

@@ -204,6 +204,8 @@ def _log_points(
 def _log_row(run: wandb.Run, row: Row) -> None:
     run.config.update({"environment": row.environment, "config_hash": row.config_hash}, allow_val_change=True)
     run.log({f"metrics/{name}": value for name, value in row.metrics.items()})
+    if row.generated:
+        run.summary.update({"generated": dict(row.generated)})
     run.summary.update(
         {
             "status": str(row.status),

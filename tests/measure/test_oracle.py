@@ -17,8 +17,8 @@ from fa_research.measure.oracle import (
     OracleAttention,
     case_logits,
     compare_logits,
-    float64_weights,
     reprefill,
+    weights_as,
 )
 from fa_research.models import Decoder
 from fa_research.workloads import Workload
@@ -236,7 +236,7 @@ def test_float64_weights_compute_in_float64_and_leave_no_trace(device: str, tied
     model, ids = small_model(device, tied), torch.arange(9, device=device)
     before, values = state(model), {n: p.clone() for n, p in model.state_dict().items()}
     low = whole(model, ids)
-    with float64_weights(model, model.layers):
+    with weights_as(torch.float64, model, model.layers):
         outside = {name: p.dtype for name, p in model.named_parameters() if "layers." not in name}
         inside = {p.dtype for name, p in model.layers.named_parameters() if "_norm_" not in name}
         high = whole(model, ids)
@@ -263,7 +263,7 @@ def test_float64_weights_are_put_back_after_an_exception(failing_layer: int) -> 
             raise torch.OutOfMemoryError("as on a GPU that is too full for the oracle")
         return WholeSequence(model.attention_specs)(layer_id, q, k, v, **rest)  # type: ignore[arg-type]
 
-    with pytest.raises(torch.OutOfMemoryError), float64_weights(model, model.layers):
+    with pytest.raises(torch.OutOfMemoryError), weights_as(torch.float64, model, model.layers):
         model(ids, attend)
     assert seen == [{torch.float64}] * (failing_layer + 1)
     assert state(model) == before

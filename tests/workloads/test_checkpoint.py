@@ -59,7 +59,7 @@ def test_the_row_has_the_shape_and_the_tokens(folder: Path, tmp_path: Path) -> N
     save_tokenizer(folder)
     row = run(cell_of(folder, text_file(tmp_path)), tmp_path)
     assert row.status is Status.ok and row.checks["logits_passed"] is True
-    assert row.notes == ["text by tokenizer.json"]
+    assert row.notes == ["text by tokenizer.json, every prompt begins with token [0]"]
     shape = {"name": "model", "path": str(folder), "hidden_size": 256, "vocab_size": 300, "qkv_bias": True}
     assert shape.items() <= row.config["model"].items()
 
@@ -73,14 +73,14 @@ def test_prompts_are_the_tokenizers(folder: Path, tmp_path: Path) -> None:
     tokenizer, text = save_tokenizer(folder), text_file(tmp_path)
     workload, _ = prepared(cell_of(folder, text))
     assert isinstance(workload, Text)
-    tokens = tokenizer.encode(text.read_text(), add_special_tokens=False).ids
-    assert 0 not in tokens and len(tokens) < 0.8 * len(text.read_bytes())
+    tokens = tokenizer.encode(text.read_text()).ids
+    assert tokens[0] == 0 and 0 not in tokens[1:] and len(tokens) < 0.8 * len(text.read_bytes())
     assert [len(prompt) for prompt in workload.prompts] == [41] * 3
     assert all(prompt[:19] == tokens[:19] for prompt in workload.prompts)
-    assert tokenizer.decode(workload.prompts[0]) == tokenizer.decode(tokens[:41])
+    assert workload.prompts[0] == tokens[:41] and workload.passages[0].tokens == tokens[:47]
     text.write_text("is followed by " * 12)
     with pytest.raises(
-        ConfigError, match=r"text.txt holds \d+ tokens, 3 prompts.* need 85; give a longer text"
+        ConfigError, match=r"text.txt holds \d+ tokens, 3 prompts.* need 102; give a longer text"
     ):
         prepared(cell_of(folder, text))
 
@@ -90,12 +90,11 @@ def test_a_vocabulary_too_small(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="uses byte tokens: model.vocab_size=250 must be at least 256"):
         Text(cell_of(folder, text_file(tmp_path))).needs()
     save_tokenizer(folder)
-    encode = load_tokenizer(take_from_folder(ModelConfig(path=str(folder))))
-    assert encode is not None
+    tokenizer = load_tokenizer(take_from_folder(ModelConfig(path=str(folder))))
     with pytest.raises(
         CheckpointError, match=r"tokenizer.json gives token 2\d\d, the model's vocabulary has 250"
     ):
-        encode("é is followed by 1".encode())
+        tokenizer.encode("é is followed by 1".encode())
 
 
 def test_a_broken_tokenizer_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
