@@ -247,6 +247,7 @@ def test_the_defaults_do_the_main_job(tmp_path: Path) -> None:
     assert row.checks["logits_passed"] is True and row.checks["reprefill_passed"] is True
     if row.environment["dtype"] == "float32":
         assert row.checks["reprefill_top1_agreement"] == 1.0
+    assert row.metrics["bits_per_byte"] > 0 and row.metrics["top1_agreement"] > 0.9
     assert row.metrics["prefill_us"] > 0 and row.metrics["decode_step_us"] > 0
     assert row.metrics["decode_step_count"] == row.config["workload"]["steps"]
     assert {"packages", "python", "backend", "device"} <= set(row.environment)

@@ -199,13 +199,7 @@ def _main_metrics(rows: Sequence[Row]) -> list[str]:
         name for row in rows for name, value in row.metrics.items() if isinstance(value, int | float)
     )
     main = [name for name in names if not re.search(r"_(p\d+_\w+|count)$", name)]
-    return sorted(main, key=_rank)
-
-
-def _rank(name: str) -> int:
-    if name in _QUALITY:
-        return 0
-    return 2 if name.endswith(_LATER) else 1
+    return sorted(main, key=lambda name: 0 if name in _QUALITY else 2 if name.endswith(_LATER) else 1)
 
 
 def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fa_research.config import TextWorkload
 from fa_research.errors import ConfigError
 from fa_research.models.tokenizer import ByteTokenizer, Tokenizer, Tokens
+from fa_research.workloads.heldout import is_held_out
 
 _BYTES_PER_TOKEN = 16  # more than most text has: what is encoded of a long text at first
 
@@ -81,16 +83,31 @@ def _beginning(text: bytes, size: int) -> bytes:
 
 
 def read_text(path: str | None) -> tuple[bytes, str]:
-    """The UTF-8 text of a file, of a folder's own files, or (None) of the standard library; and where it is. Raises
-    ConfigError for what is missing, unreadable or no text."""
-    root = Path(path).expanduser() if path is not None else Path(os.__file__).parent
+    """The UTF-8 text of a file, of a folder's own files, or (None) of the standard library's held-out files; and where
+    it is. Raises ConfigError for what is missing, unreadable or no text."""
+    if path is None:
+        library = Path(os.__file__).parent
+        return b"".join(_held_out(library)), f"null (held-out files of {library})"
+    root = Path(path).expanduser()
     if not root.exists():
         raise ConfigError(f"workload.path={path} does not exist; give a text file or a folder of text files")
     if root.is_file():
         return _read(root), str(root)
     # Sorted, and only the folder's own files: the same text on every run of the same machine.
-    files = sorted(root.glob("*.py")) if path is None else sorted(f for f in root.iterdir() if f.is_file())
-    return b"".join(_read(file) for file in files), str(root)
+    return b"".join(_read(file) for file in sorted(root.iterdir()) if file.is_file()), str(root)
+
+
+def _held_out(library: Path) -> Iterator[bytes]:
+    """What the shipped model was not trained on, sorted by path; without the few files that test how Python reads what
+    is not UTF-8."""
+    paths: list[str] = []
+    for folder, below, files in os.walk(library):
+        below[:] = [name for name in below if name not in ("site-packages", "dist-packages", "__pycache__")]
+        paths += [(Path(folder) / file).relative_to(library).as_posix() for file in files]
+    for path in sorted(filter(is_held_out, paths)):
+        content = (library / path).read_bytes()
+        if _not_text(content) is None:
+            yield content
 
 
 def _read(file: Path) -> bytes:
@@ -98,13 +115,18 @@ def _read(file: Path) -> bytes:
         content = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"workload.path={file} cannot be read: {error.strerror}") from error
-    try:
-        content.decode()
-        wrong = content.find(b"\0")
-    except UnicodeDecodeError as error:
-        wrong = error.start
-    if wrong >= 0:
+    if (wrong := _not_text(content)) is not None:
         raise ConfigError(
             f"workload.path={file} is not UTF-8 text (byte {content[wrong]:#04x} at {wrong}); give text files"
         )
     return content
+
+
+def _not_text(content: bytes) -> int | None:
+    """Where the first byte is that is in no text."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    zero = content.find(b"\0")
+    return zero if zero >= 0 else None

@@ -66,13 +66,17 @@ class Text(Decoding):
         self.decoder = engine.decoder(self.options.batch_size, longest)
 
     def _notes(self) -> list[str]:
-        if self.config.model.path is None:
-            return []
-        tokenizer = self.tokenizer
-        if tokenizer.name == "bytes":
-            return ["text as bytes: no tokenizer.json"]
-        front = f", every prompt begins with token {tokenizer.front}" if tokenizer.front else ""
-        return [f"text by {tokenizer.name}{front}"]
+        notes = []
+        if self.options.path is None:
+            notes.append(
+                "text of the Python standard library: files that the shipped model was not trained on"
+            )
+        if self.config.model.path is not None:
+            tokenizer = self.tokenizer
+            how = "as bytes: no tokenizer.json" if tokenizer.name == "bytes" else f"by {tokenizer.name}"
+            front = f", every prompt begins with token {tokenizer.front}" if tokenizer.front else ""
+            notes.append(f"text {how}{front}")
+        return notes
 
     def generation(self, engine: Engine) -> Generation:
         """The text that `workload.generate` asks for; it may run before `prepare`."""

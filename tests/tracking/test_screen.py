@@ -98,6 +98,21 @@ def test_one_row_shows_every_metric_and_check(capsys: pytest.CaptureFixture[str]
         assert part in shown
 
 
+def test_quality_comes_first_and_what_explains_it_last(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [
+        "perplexity",
+        "scored_tokens",
+        "oracle_bits_per_byte",
+        "decode_step_us",
+        "bits_per_byte",
+        "top1_agreement",
+    ]
+    print_table([Row(Status.ok, config={"a": i}, metrics=dict.fromkeys(names, 1.5)) for i in range(2)])
+    header = next(line for line in capsys.readouterr().out.splitlines() if "status" in line)
+    expected = ["bits_per_byte", "top1_agreement", "decode_step_us", "perplexity", "scored_tokens"]
+    assert header.split() == ["#", "a", "status", *expected, "oracle_bits_per_byte"]
+
+
 def test_text_with_brackets_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [Row(Status.error, config={"a": i}, reasons=["sizes [bold]1, 2[/]"]) for i in range(2)]
     print_table(rows)

@@ -52,7 +52,12 @@ def cell(output_dir: Path, config: Config = OFFLINE, status: Status = Status.ok,
 
 def test_an_offline_run_holds_config_series_and_row(tmp_path: Path) -> None:
     cell(
-        tmp_path, metrics={"decode_us": 3.5}, checks={"max_err": 1e-3}, notes=["a note"], reasons=["a reason"]
+        tmp_path,
+        metrics={"decode_us": 3.5},
+        checks={"max_err": 1e-3},
+        generated={"prompt": "def ", "text": "main():\n\x1b"},
+        notes=["a note"],
+        reasons=["a reason"],
     )
     (run_dir,) = runs_of(tmp_path)
     found = read_back(run_dir)
@@ -67,6 +72,7 @@ def test_an_offline_run_holds_config_series_and_row(tmp_path: Path) -> None:
     assert found["summary"]["status"] == "ok"
     assert found["summary"]["metrics/decode_us"] == 3.5
     assert found["summary"]["checks"] == {"max_err": 1e-3}
+    assert found["summary"]["generated"] == {"prompt": "def ", "text": "main():\n\x1b"}
     assert (found["summary"]["notes"], found["summary"]["reasons"]) == ("a note", "a reason")
     assert (found["summary"]["decode/step"], found["summary"]["decode/step_us"]) == (3, 5.0)
     assert read_rows(tmp_path / ROWS_FILE)[0].notes == ["a note"]

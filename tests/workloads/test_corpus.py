@@ -12,6 +12,7 @@ from fa_research.config import TextWorkload
 from fa_research.errors import ConfigError
 from fa_research.models.tokenizer import ByteTokenizer, TextStream, Tokenizer, Tokens
 from fa_research.workloads.corpus import Passage, read_passages, read_text
+from fa_research.workloads.heldout import is_held_out
 from tests.workloads.cells import text_file
 
 OPTIONS = TextWorkload(batch_size=4, prompt_len=60, shared_prefix_len=40, chunk_size=13, steps=3)
@@ -47,12 +48,28 @@ def test_prompts_share_their_prefix_and_nothing_else(tmp_path: Path, shared: int
     assert prompts == prompts_from(text_file(tmp_path), shared_prefix_len=shared)
 
 
-def test_default_is_the_standard_library_itself() -> None:
+def test_default_is_what_the_shipped_model_never_saw() -> None:
+    """Held-out files of the standard library in the order of their paths, nothing else."""
+    library = Path(os.__file__).parent
+    text, source = read_text(None)
+    rest = text
+    for path in sorted(file.relative_to(library).as_posix() for file in library.rglob("*.py")):
+        content = (library / path).read_bytes()
+        if is_held_out(path) and rest.startswith(content):
+            rest = rest[len(content) :]
+        elif is_held_out(path):
+            assert b"\0" in content or not _decodes(content)
+    assert rest == b"" and len(text) > 100_000 and str(library) in source
     prompts = prompts_from(None)
-    first = sorted(Path(os.__file__).parent.glob("*.py"))[0].read_bytes()
-    assert bytes(prompts[0][:40]) == first[:40]
-    assert prompts == prompts_from(None)
-    assert len({tuple(prompt) for prompt in prompts}) == 4
+    assert prompts == prompts_from(None) and len({tuple(prompt) for prompt in prompts}) == 4
+
+
+def _decodes(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def test_a_folder_is_read_in_order_without_what_is_below_it(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""Generated text is that of transformers, a step behind the device, and comes in pieces that add up to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fa_research.config import Config, CudaGraphConfig, GraphMode, KVConfig, Level, ModelConfig, TextWorkload
+from fa_research.config.checkpoint import take_from_folder
+from fa_research.engine.decode import DecodeRunner
+from fa_research.errors import ConfigError
+from fa_research.workloads.generation import Generation
+from fa_research.workloads.text import Text
+from tests.models.checkpoints import PEERS, edit_config, save, save_tokenizer
+from tests.workloads.cells import build, cell, text_file
+
+OPTIONS = TextWorkload(
+    batch_size=2,
+    prompt_len=23,
+    shared_prefix_len=5,
+    chunk_size=7,
+    steps=2,
+    generate=40,
+    prompt="é is followed",
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(PEERS["qwen2-window"], tmp_path / "model", vocab_size=300)
+    return tmp_path / "model"
+
+
+def cell_of(folder: Path, tmp_path: Path, page_size: int = 16, graph: Any = None, **changes: Any) -> Config:
+    options = dataclasses.replace(OPTIONS, **{"path": str(text_file(tmp_path))} | changes)
+    graph = graph or CudaGraphConfig(GraphMode.simulate, [1, 2])
+    model = take_from_folder(ModelConfig(path=str(folder)))
+    return cell(options, model=model, kv=KVConfig(page_size), cuda_graph=graph)
+
+
+def generation_of(config: Config) -> tuple[Generation, Text]:
+    workload, engine = build(config)
+    assert isinstance(workload, Text)
+    return workload.generation(engine), workload
+
+
+def theirs(prompt: list[int], count: int, **options: Any) -> list[int]:
+    ids = torch.tensor([prompt])
+    model = PEERS["qwen2-window"].make(vocab_size=300)
+    options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": count, "do_sample": False}
+    generated: list[int] = model.generate(ids, **options)[0, len(prompt) :].tolist()  # type: ignore[operator]
+    return generated
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("mode", [GraphMode.off, GraphMode.simulate])
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_it_is_what_transformers_generates(
+    page_size: int, mode: GraphMode, tokenizer: bool, folder: Path, tmp_path: Path
+) -> None:
+    """Greedy, past the window, from a prompt in three chunks; everything is given back to the cache."""
+    prompt = list("é is followed".encode())
+    if tokenizer:
+        prompt = save_tokenizer(folder).encode("é is followed").ids
+        assert prompt[0] == 0
+    generation, workload = generation_of(cell_of(folder, tmp_path, page_size, CudaGraphConfig(mode, [1, 2])))
+    tokens = list(generation.tokens())
+    assert tokens == theirs(prompt, 40) and len(set(tokens)) > 5
+    cache = generation.engine.cache
+    assert cache.allocator.pages_used == 0 and cache.requests == {}
+    assert list(generation.tokens()) == tokens
+    workload.prepare(generation.engine)
+    workload.checked_passes()  # what was generated leaves nothing behind
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_tokens(count: int, folder: Path, tmp_path: Path) -> None:
+    generation, _ = generation_of(cell_of(folder, tmp_path, generate=count))
+    assert list(generation.tokens()) == theirs(generation.prompt, count)
+
+
+def test_the_texts_beginning_is_the_default(folder: Path, tmp_path: Path) -> None:
+    generation, workload = generation_of(cell_of(folder, tmp_path, prompt=None))
+    assert generation.prompt == workload.prompts[0] and len(generation.prompt) == 23
+    assert next(generation.text()) == text_file(tmp_path).read_text()[:23]
+
+
+def test_a_text_ends_where_the_model_ends_it(folder: Path, tmp_path: Path) -> None:
+    whole = list(generation_of(cell_of(folder, tmp_path))[0].tokens())
+    end = next(token for i, token in enumerate(whole) if i > 6 and token not in whole[:i])
+    edit_config(folder, eos_token_id=end)
+    generation, _ = generation_of(cell_of(folder, tmp_path))
+    written = list(generation.tokens())
+    assert [*written, end] == theirs(generation.prompt, 40, eos_token_id=end) and len(written) < 40
+    assert generation.engine.cache.allocator.pages_used == 0
+
+
+def test_pieces_are_the_text_a_step_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The piece of a token comes when the step after it was launched."""
+    generation, _ = generation_of(cell_of(folder, tmp_path, generate=12))
+    launched, step = [0], DecodeRunner.step
+
+    def counted(self: DecodeRunner) -> None:
+        launched[0] += 1
+        step(self)
+
+    monkeypatch.setattr(DecodeRunner, "step", counted)
+    pieces: Iterator[str] = generation.text()
+    shown, seen = [next(pieces)], []
+    assert shown == ["é is followed"] and launched == [0]
+    for piece in pieces:
+        shown.append(piece)
+        seen.append(launched[0])
+    assert seen == [*range(1, 12), 11, 11]  # of the last token, and of what is left, no step follows
+    tokens = bytes(min(token, 255) for token in [*generation.prompt, *theirs(generation.prompt, 12)])
+    assert "".join(shown) == tokens.decode(errors="replace")
+
+
+def test_prompts_that_will_not_do(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="workload.prompt is empty; give some text, or null"):
+        Text(cell_of(folder, tmp_path, prompt="")).needs()
+    long = cell_of(folder, tmp_path, prompt="x" * 121)
+    with pytest.raises(
+        ConfigError,
+        match="workload.prompt of 121 tokens .* = 161 tokens: must be at most model.max_context_len=160",
+    ):
+        Text(long).needs()
+    assert max(Text(cell_of(folder, tmp_path, prompt="x" * 120)).needs().seq_lens) == 160
+    list(generation_of(cell_of(folder, tmp_path, prompt="x" * 120))[0].tokens())
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"generate": -1}, "workload.generate=-1: must be at least 0"),
+    ({"generate": 0}, "workload.prompt is given, but workload.generate=0"),
+    ({"prompt": None, "generate": 140}, "workload.prompt_len=23 [+] workload.generate=140 = 163 tokens"),
+])  # fmt: skip
+def test_keys_that_contradict_each_other(
+    changes: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cell_of(folder, tmp_path, **changes)
+
+
+def test_the_attention_path_alone_writes_nothing() -> None:
+    with pytest.raises(ConfigError, match="workload.generate=40 with workload.level=attention"):
+        cell(OPTIONS, Level.attention)
+
+
+def test_bytes_of_a_prompt_that_are_no_text(folder: Path, tmp_path: Path) -> None:
+    """A command line may hold any bytes."""
+    generation, _ = generation_of(cell_of(folder, tmp_path, prompt=b"a\xff".decode(errors="surrogateescape")))
+    assert generation.prompt == [97, 255] and next(generation.text()) == "a\ufffd"
+    json.dumps("".join(generation.text())).encode()
