@@ -15,6 +15,22 @@ SOFTCAP_BLOCK = 2048
 
 
 @triton.jit
+def activate(gate, up, ACTIVATION: tl.constexpr):
+    """act(gate) * up, of float32."""
+    # Each activation is gate * sigmoid(slope): (1 + tanh(u)) / 2 = sigmoid(2 u) makes GELU one too.
+    if ACTIVATION == "gelu_tanh":
+        slope = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
+    elif ACTIVATION == "swiglu_clamped":
+        gate = tl.where(gate > 7.0, 7.0, gate)  # unlike minimum, it leaves NaN
+        up = 1.0 + tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        slope = 1.702 * gate
+    else:
+        slope = gate
+    small = tl.exp(-tl.abs(slope))  # never overflows
+    return gate * (tl.where(slope < 0.0, small, 1.0) / (1.0 + small)) * up
+
+
+@triton.jit
 def _glu_kernel(
     gate_up_ptr,
     out_ptr,
@@ -32,17 +48,7 @@ def _glu_kernel(
     row = gate_up_ptr + token * gate_up_stride_t
     gate = tl.load(row + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(row + F + col, mask=mask, other=0.0).to(tl.float32)
-    # Each activation is gate * sigmoid(slope): (1 + tanh(u)) / 2 = sigmoid(2 u) makes GELU one too.
-    if ACTIVATION == "gelu_tanh":
-        slope = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
-    elif ACTIVATION == "swiglu_clamped":
-        gate = tl.where(gate > 7.0, 7.0, gate)  # unlike minimum, it leaves NaN
-        up = 1.0 + tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
-        slope = 1.702 * gate
-    else:
-        slope = gate
-    small = tl.exp(-tl.abs(slope))  # never overflows
-    out = gate * (tl.where(slope < 0.0, small, 1.0) / (1.0 + small)) * up
+    out = activate(gate, up, ACTIVATION)
     tl.store(out_ptr + token * out_stride_t + col, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 

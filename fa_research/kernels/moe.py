@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fa_research.kernels.activation import activate
 from fa_research.kernels.common import overlaps_launches
 from fa_research.kernels.moe_routing import combine, route
 
@@ -140,23 +141,9 @@ def _experts_kernel(x_ptr, w_ptr, bias_ptr, out_ptr, counts_ptr, pairs_ptr, num_
             if GATED:
                 acc_up += tl.load(bias_ptrs + WIDTH).to(tl.float32)[None, :]
         if GATED:
-            acc = _activate(acc, acc_up, ACTIVATION)
+            acc = activate(acc, acc_up, ACTIVATION)
         out_ptrs = out_ptr + pair.to(tl.int64)[:, None] * WIDTH + n[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(m < count)[:, None] & (n < WIDTH)[None, :])
-
-
-@triton.jit
-def _activate(gate, up, ACTIVATION: tl.constexpr):
-    """As `ops.glu` has it."""
-    if ACTIVATION == "swiglu_clamped":
-        gate = tl.where(gate > 7.0, 7.0, gate)  # unlike minimum, it leaves NaN
-        up = 1.0 + tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
-        return gate / (1.0 + tl.exp(-1.702 * gate)) * up
-    elif ACTIVATION == "gelu_tanh":
-        slope = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)  # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        return gate / (1.0 + tl.exp(-slope)) * up
-    else:
-        return gate / (1.0 + tl.exp(-gate)) * up
 # fmt: on
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fa_research.config import ModelConfig
+from fa_research.kernels import ops
 
 PATHS = ("triton", "grouped_mm", "dense")
 _KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -85,7 +86,7 @@ class MoE(nn.Module):
         gate_up_P2F = F.grouped_mm(x_PE, self.gate_up.transpose(1, 2), offs=ends_N)
         if self.gate_up_bias is not None:
             gate_up_P2F += self.gate_up_bias[sorted_P]
-        inner_PF = _glu(gate_up_P2F, self.activation)
+        inner_PF = ops.glu(gate_up_P2F, self.activation)
         out_PE = F.grouped_mm(inner_PF, self.down.transpose(1, 2), offs=ends_N)
         if self.down_bias is not None:
             out_PE += self.down_bias[sorted_P]
@@ -101,7 +102,7 @@ class MoE(nn.Module):
         for n in range(len(self.router)):
             gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias[n]
             down_bias = None if self.down_bias is None else self.down_bias[n]
-            inner_TF = _glu(F.linear(x_TE, self.gate_up[n], gate_up_bias), self.activation)
+            inner_TF = ops.glu(F.linear(x_TE, self.gate_up[n], gate_up_bias), self.activation)
             out_TE = F.linear(inner_TF, self.down[n], down_bias) * weights_TN[:, n, None]
             total_TE += out_TE.masked_fill(~chosen_TN[:, n, None], 0.0)  # not 0 times it: it may be infinite
         return total_TE.to(x_TE.dtype)
@@ -137,15 +138,3 @@ def route(logits_TN: Tensor, experts_per_token: int, renormalise: bool) -> tuple
 
 def _weighted_sum(pairs_TJE: Tensor, weights_TJ: Tensor) -> Tensor:
     return (pairs_TJE.to(weights_TJ.dtype) * weights_TJ[..., None]).sum(1)
-
-
-def _glu(gate_up_T2F: Tensor, activation: str) -> Tensor:
-    """``act(gate) * up`` of gate | up, at least in float32."""
-    gate, up = gate_up_T2F.to(torch.promote_types(gate_up_T2F.dtype, torch.float32)).chunk(2, dim=-1)
-    if activation == "swiglu_clamped":
-        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0) + 1
-        return (gate * torch.sigmoid(1.702 * gate) * up).to(gate_up_T2F.dtype)
-    if activation == "gelu_tanh":
-        return (F.gelu(gate, approximate="tanh") * up).to(gate_up_T2F.dtype)
-    assert activation == "silu", activation
-    return (F.silu(gate) * up).to(gate_up_T2F.dtype)
