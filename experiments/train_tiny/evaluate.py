@@ -25,28 +25,29 @@ def windows_of(starts: np.ndarray, context: int) -> list[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def bits_per_byte(
+def bits_of_each(
     model: TinyModel, stream: Tensor, starts: np.ndarray, window: BlockMask | Tensor, batch: int, context: int,
     dtype: torch.dtype,
-) -> float:  # fmt: skip
-    """Of the files in `stream` (uint8), in windows of `context` every `context // 2`."""
+) -> Tensor:  # fmt: skip
+    """What each byte of `stream` (uint8) costs, float32 of its shape; NaN for separators. Windows of `context` every
+    `context // 2`."""
     model.eval()
     spans = windows_of(starts, context)
-    nats, count = torch.zeros((), dtype=torch.float64, device=stream.device), 0
+    bits = torch.full((len(stream),), math.nan, device=stream.device)
     positions = torch.arange(context + 1, device=stream.device)
     for i in range(0, len(spans), batch):
         part = spans[i : i + batch]
-        count += sum(end - counted for _, counted, end in part)
         part = part + [(0, 1, 1)] * (batch - len(part))  # one shape for all: nothing is compiled twice
         first, counted, end = torch.tensor(part, device=stream.device).T[:, :, None]
         index = first + positions
         tokens = stream[index.clamp(max=len(stream) - 1)].long()
         with torch.autocast(stream.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            each = model.nats(tokens[:, :-1], tokens[:, 1:], window, dtype)
+            nats = model.nats(tokens[:, :-1], tokens[:, 1:], window, dtype)
         target = index[:, 1:]
-        nats += torch.where((target >= counted) & (target < end), each.double(), 0.0).sum()
+        counts = (target >= counted) & (target < end)
+        bits[target[counts]] = nats[counts].float() / math.log(2)
     model.train()
-    return float(nats) / count / math.log(2)
+    return bits
 
 
 @torch.no_grad()

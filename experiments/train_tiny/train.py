@@ -1,6 +1,6 @@
 """Trains the shipped model. README.md beside this file says how it was run.
 
-python experiments/train_tiny/train.py --out outputs/train_tiny --minutes 6.5    the schedule fits the time
+python experiments/train_tiny/train.py --out outputs/train_tiny --minutes 5.5    the schedule fits the time
 python experiments/train_tiny/train.py --out outputs/train_tiny --steps 4000     the same steps on any machine
 python experiments/train_tiny/train.py --out outputs/trial --minutes 0.75 --trial    config.yaml's `trial`, one by one
 """
@@ -20,10 +20,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from data import describe, load
-from evaluate import bits_per_byte, sample
+from evaluate import bits_of_each, sample
 from export import round_to_bf16, save
 from model import ModelSettings, TinyModel, dense_window, flex_window
 from optim import make_optimizers
@@ -109,10 +110,15 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def evaluate(self, split: str) -> float:
+    def bits(self, split: str) -> Tensor:
+        """Of each byte; NaN for separators."""
         starts = self.corpus[f"{split}_starts"]
         batch, context = self.t.batch_size, self.m.max_context_len
-        return bits_per_byte(self.model, self.streams[split], starts, self.window, batch, context, self.dtype)
+        return bits_of_each(self.model, self.streams[split], starts, self.window, batch, context, self.dtype)
+
+    def evaluate(self, split: str) -> float:
+        """Bits per byte of whole files."""
+        return float(self.bits(split).double().nanmean())
 
     def train(self, seconds: float, steps: int | None) -> None:
         """Until the learning rate is 0: after `steps`, or as many as fit into `seconds` from now, with the evaluations
@@ -175,8 +181,8 @@ class Run:
             "plain_float32": float(plain) / math.log(2),
         }
 
-    def summary(self) -> dict[str, Any]:
-        """After the weights were rounded to bfloat16."""
+    def summary(self, bits: dict[str, Tensor]) -> dict[str, Any]:
+        """bits: of each byte of dev and held_out, after the weights were rounded to bfloat16."""
         tokens = self.t.batch_size * self.m.max_context_len
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -186,8 +192,8 @@ class Run:
             "step_ms": round(self.step_seconds * 1e3, 2),
             "bytes_per_second": round(tokens / self.step_seconds),
             "train_bits_per_byte": self.curve[-1]["train_bits_per_byte"],
-            "dev_bits_per_byte": round(self.evaluate("dev"), 4),
-            "held_out_bits_per_byte": round(self.evaluate("held_out"), 4),
+            "dev_bits_per_byte": round(float(bits["dev"].double().nanmean()), 4),
+            "held_out_bits_per_byte": round(float(bits["held_out"].double().nanmean()), 4),
             "check": {key: round(value, 4) for key, value in self.check().items()},
             "evaluation": "bf16 weights, windows of the context's length every half of it"
             + (", autocast to bf16" if self.dtype == torch.bfloat16 else ""),
@@ -231,7 +237,10 @@ def one_run(args: argparse.Namespace, config: dict[str, Any], changes: dict[str,
         writer = csv.DictWriter(file, fieldnames=run.curve[0])
         writer.writeheader()
         writer.writerows(run.curve)
-    summary = run.summary() | {"environment": environment(device), "model": vars(m), "train": vars(t)}
+    bits = {split: run.bits(split) for split in ("dev", "held_out")}
+    half = {split: each.half().cpu().numpy() for split, each in bits.items()}
+    np.savez_compressed(out / "bits.npz", **half)  # type: ignore[arg-type]
+    summary = run.summary(bits) | {"environment": environment(device), "model": vars(m), "train": vars(t)}
     summary |= {"corpus": describe(corpus), "command_minutes": args.minutes, "command_steps": args.steps}
     if not args.trial:
         summary["samples"] = [sample(run.model, prompt, 300, t.seed) for prompt in PROMPTS]
@@ -268,7 +277,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a file of data.py; default: the running Python's library")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--minutes", type=float, default=6.5, help="of a run, compilation and evaluation included"
+        "--minutes", type=float, default=5.5, help="of a run, compilation and evaluation included"
     )
     parser.add_argument("--steps", type=int, help="instead of what fits into --minutes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
