@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fa_research.config import ModelConfig
 from fa_research.config.checkpoint import take_from_folder
+from fa_research.config.hf_families import FAMILIES
 from fa_research.errors import CheckpointError
 from fa_research.models import Decoder, build_model, load_weights
 from fa_research.models.checkpoint_files import INDEX, ONE_FILE
-from fa_research.models.names import weight_targets
+from fa_research.models.names import NAMES, weight_targets
 from tests.models.checkpoints import PEERS, edit_config, edit_weights, load, safetensors, save
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -54,6 +55,10 @@ def test_every_weight_is_loaded(name: str, tmp_path: Path) -> None:
     save(PEERS[name], tmp_path)
     assert not list(tmp_path.glob("*.index.json"))
     check_weights(tmp_path)
+
+
+def test_every_architecture_is_tested() -> None:
+    assert {f"{peer.family}ForCausalLM" for peer in PEERS.values()} == set(FAMILIES) >= set(NAMES)
 
 
 def test_gemma_norms_are_offsets_from_one(tmp_path: Path) -> None:
