@@ -23,6 +23,7 @@ from fa_research.config import (
     TextWorkload,
 )
 from fa_research.config.checkpoint import take_from_folder
+from fa_research.errors import Refusal
 from fa_research.measure.quality import measure_quality
 from fa_research.workloads.text import Text
 from tests.measure.broken import (
@@ -187,3 +188,26 @@ def test_nan_is_no_number(trained: tuple[Path, Path], monkeypatch: pytest.Monkey
     columns, _ = quality_of(cell_of(*trained))
     assert math.isnan(columns["bits_per_byte"]) and math.isnan(columns["perplexity"])
     assert columns["top1_agreement"] < 1 and math.isfinite(columns["oracle_bits_per_byte"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "page_size"), [("triton", 16), ("fa3", 1), ("fa2", 256)])
+def test_on_a_gpu_it_is_what_float32_says(backend: str, page_size: int, trained: tuple[Path, Path]) -> None:
+    """bfloat16 through kernels and captured steps: a little worse or better, the same tokens but for near ties."""
+    try:
+        columns, _ = quality_of(cell_of(*trained, device="cuda", backend=backend, page_size=page_size))
+    except Refusal as refusal:
+        pytest.skip(str(refusal))
+    for prefix in ("", "decode_"):
+        expected = columns[f"{prefix}oracle_bits_per_byte"]
+        assert columns[f"{prefix}bits_per_byte"] == pytest.approx(expected, rel=0.02)
+        assert columns[f"{prefix}top1_agreement"] >= 0.9
+
+
+@pytest.mark.gpu
+def test_float32_on_a_gpu_agrees_everywhere(trained: tuple[Path, Path]) -> None:
+    columns, _ = quality_of(cell_of(*trained, dtype=Dtype.float32, device="cuda", backend="triton"))
+    assert columns["top1_agreement"] == columns["decode_top1_agreement"] == 1.0
+    here, _ = quality_of(cell_of(*trained))
+    for name in ("bits_per_byte", "decode_bits_per_byte", "oracle_bits_per_byte"):
+        assert columns[name] == pytest.approx(here[name], rel=1e-3)

@@ -11,10 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from fa_research.config import Config, CudaGraphConfig, GraphMode, KVConfig, Level, ModelConfig, TextWorkload
+from fa_research.config import (
+    Config,
+    CudaGraphConfig,
+    Device,
+    Dtype,
+    GraphMode,
+    KVConfig,
+    Level,
+    ModelConfig,
+    TextWorkload,
+)
 from fa_research.config.checkpoint import take_from_folder
 from fa_research.engine.decode import DecodeRunner
 from fa_research.errors import ConfigError
+from fa_research.measure.cell import check
 from fa_research.workloads.generation import Generation
 from fa_research.workloads.text import Text
 from tests.models.checkpoints import PEERS, edit_config, save, save_tokenizer
@@ -34,13 +45,21 @@ OPTIONS = TextWorkload(
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save(PEERS["qwen2-window"], tmp_path / "model", vocab_size=300)
+    edit_config(tmp_path / "model", max_position_embeddings=160)
     return tmp_path / "model"
 
 
-def cell_of(folder: Path, tmp_path: Path, page_size: int = 16, graph: Any = None, **changes: Any) -> Config:
+def cell_of(
+    folder: Path,
+    tmp_path: Path,
+    page_size: int = 16,
+    graph: Any = None,
+    dtype: Dtype = Dtype.auto,
+    **changes: Any,
+) -> Config:
     options = dataclasses.replace(OPTIONS, **{"path": str(text_file(tmp_path))} | changes)
     graph = graph or CudaGraphConfig(GraphMode.simulate, [1, 2])
-    model = take_from_folder(ModelConfig(path=str(folder)))
+    model = take_from_folder(ModelConfig(path=str(folder), dtype=dtype))
     return cell(options, model=model, kv=KVConfig(page_size), cuda_graph=graph)
 
 
@@ -159,3 +178,16 @@ def test_bytes_of_a_prompt_that_are_no_text(folder: Path, tmp_path: Path) -> Non
     generation, _ = generation_of(cell_of(folder, tmp_path, prompt=b"a\xff".decode(errors="surrogateescape")))
     assert generation.prompt == [97, 255] and next(generation.text()) == "a\ufffd"
     json.dumps("".join(generation.text())).encode()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [GraphMode.off, GraphMode.on])
+def test_on_a_gpu_it_is_what_transformers_generates(mode: GraphMode, folder: Path, tmp_path: Path) -> None:
+    """In float32, with and without graphs; the steps of the workload that follows are captured anew and right."""
+    config = cell_of(folder, tmp_path, graph=CudaGraphConfig(mode, [1, 2]), dtype=Dtype.float32)
+    config.device, config.backend.name = Device.cuda, "triton"
+    generation, workload = generation_of(config)
+    tokens = list(generation.tokens())
+    assert tokens == theirs(generation.prompt, 40) and list(generation.tokens()) == tokens
+    workload.prepare(generation.engine)
+    assert check(generation.engine, workload)[0]
