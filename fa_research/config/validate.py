@@ -19,12 +19,14 @@ from fa_research.config.schemas import (
     MixedWorkload,
     ModelConfig,
     RopeType,
+    SamplingConfig,
     TextWorkload,
     WorkloadConfig,
 )
 from fa_research.errors import ConfigError
 
 MAX_PAGE_SIZE = 256
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
 def validate(config: Config) -> None:
@@ -36,6 +38,7 @@ def validate(config: Config) -> None:
         *_cuda_graph(config.cuda_graph),
         *_measure(config.measure),
         *_workload(config.workload, config.model),
+        *_sampling(config.sampling),
     ]
     if problems:
         raise ConfigError("; ".join(problems))
@@ -61,8 +64,8 @@ def _positive(key: str, value: float) -> Iterator[str]:
 def _root(config: Config) -> Iterator[str]:
     if problem := study_problem(config.study):
         yield problem
-    if not 0 <= config.seed < 2**63:
-        yield f"seed={config.seed}: must be from 0 to 2**63 - 1"
+    if problem := seed_problem("seed", config.seed):
+        yield problem
     yield from _at_least("backend.num_splits", config.backend.num_splits, 0)
 
 
@@ -126,6 +129,31 @@ def _cuda_graph(graph: CudaGraphConfig) -> Iterator[str]:
         yield "cuda_graph.batch_sizes=[]: give at least one batch size, or cuda_graph.mode=off"
     if any(size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
         yield f"cuda_graph.batch_sizes={sizes}: must be positive and without repeats"
+
+
+def sampling_problems(temperature: float, top_k: int, top_p: float, min_p: float) -> Iterator[str]:
+    """What is wrong with how a request's tokens are to be drawn."""
+    if not (temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE):
+        yield (
+            f"sampling.temperature={temperature}: must be 0 (greedy) or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+        )
+    if not 0 <= top_k < 2**31:
+        yield f"sampling.top_k={top_k}: must be 0 (all) or a number of tokens below 2**31"
+    if not 0 < top_p <= 1:
+        yield f"sampling.top_p={top_p}: must be above 0 and at most 1 (all)"
+    if not 0 <= min_p <= 1:
+        yield f"sampling.min_p={min_p}: must be from 0 (all) to 1"
+
+
+def seed_problem(key: str, seed: int) -> str | None:
+    """What is wrong with a seed."""
+    return None if 0 <= seed < 2**63 else f"{key}={seed}: must be from 0 to 2**63 - 1"
+
+
+def _sampling(sampling: SamplingConfig) -> Iterator[str]:
+    yield from sampling_problems(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    if sampling.seed is not None and (problem := seed_problem("sampling.seed", sampling.seed)):
+        yield problem
 
 
 def _measure(measure: MeasureConfig) -> Iterator[str]:

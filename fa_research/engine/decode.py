@@ -17,17 +17,20 @@ from fa_research.config import GraphMode
 from fa_research.engine.cuda_graph import GraphSet
 from fa_research.engine.decode_state import DecodeState
 from fa_research.engine.model_runner import ModelRunner
+from fa_research.engine.sampling import GREEDY, SamplingParams
 from fa_research.engine.token_reader import TokenReader
 from fa_research.errors import ConfigError, KVCacheFull
+from fa_research.kernels import ops
 from fa_research.kv_cache import CachedRequest
 
 
 class DecodeRunner:
-    """Greedy decoding of a fixed batch of requests.
+    """Decoding of a fixed batch of requests.
 
     mode: `on` captures a CUDA graph for each of `batch_sizes`; `simulate` runs the same padded static-buffer path
     without capture; `off` runs the exact batch eagerly. A batch above the largest size runs eagerly; `ran_eagerly` says
-    so. max_seq_len_k: the longest context (tokens) that a captured step may reach.
+    so. max_seq_len_k: the longest context (tokens) that a captured step may reach. sampling: steps can draw tokens at
+    random; without it they are greedy, and cost nothing for what they cannot do.
     """
 
     def __init__(
@@ -38,12 +41,14 @@ class DecodeRunner:
         batch_sizes: Sequence[int],
         max_seq_len_k: int,
         reserve_ahead: int,
+        sampling: bool = False,
     ) -> None:
         assert mode is not GraphMode.auto, "resolve_graph_mode comes first"
         self.runner = runner
         self.mode = mode
         self.batch_sizes = sorted(batch_sizes) if mode is not GraphMode.off else []
         self.max_seq_len_k = max_seq_len_k
+        self.sampling = sampling
         self._padded_logits: Tensor | None = None
         self._reserve_ahead = reserve_ahead
         self._requests: list[CachedRequest] = []
@@ -82,10 +87,18 @@ class DecodeRunner:
         """The buffers of the batch at hand."""
         return self._state
 
-    def start(self, requests: Sequence[CachedRequest], last_tokens: Sequence[int] | Tensor) -> None:
-        """Decode these requests from now on; `last_tokens` are their newest tokens, not in the cache yet."""
+    def start(
+        self,
+        requests: Sequence[CachedRequest],
+        last_tokens: Sequence[int] | Tensor,
+        sampling: Sequence[SamplingParams] | None = None,
+    ) -> None:
+        """Decode these requests from now on. `last_tokens` are their newest tokens, not in the cache yet; `sampling` is
+        how each one's tokens are drawn (None: greedily). Raises ConfigError for an empty batch, and for requests to
+        sample on a greedy runner."""
         if not requests:
             raise ConfigError("a decode batch needs at least one request")
+        sampling = self._checked(requests, sampling)
         self.flush()
         self._requests = list(requests)
         size = len(requests)
@@ -96,6 +109,8 @@ class DecodeRunner:
         self._sampled_B = self._state.input_ids_B[:size]
         self._padded_logits = None  # those of the last batch are nobody's here
         self._state.load([r.row for r in requests], [r.seq_len for r in requests], last_tokens)
+        if self.sampling:
+            self._state.load_sampling(sampling)
         self._steps_reserved = 0
 
     @torch.inference_mode()
@@ -121,6 +136,22 @@ class DecodeRunner:
         for request in self._requests:
             request.seq_len += self._steps_unrecorded
         self._steps_unrecorded = 0
+
+    def _checked(
+        self, requests: Sequence[CachedRequest], sampling: Sequence[SamplingParams] | None
+    ) -> Sequence[SamplingParams]:
+        sampling = [GREEDY] * len(requests) if sampling is None else sampling
+        if len(sampling) != len(requests):
+            raise ConfigError(
+                f"sampling holds {len(sampling)} requests' parameters, the batch has {len(requests)}"
+            )
+        drawn = [(i, params.temperature) for i, params in enumerate(sampling) if params.temperature > 0]
+        if drawn and not self.sampling:
+            raise ConfigError(
+                f"sampling.temperature={drawn[0][1]} for request {drawn[0][0]}: this decode runner is greedy "
+                "(temperature 0); make it with sampling=True"
+            )
+        return sampling
 
     def _capture(self) -> GraphSet:
         if not self._plans_on_host:
@@ -165,10 +196,12 @@ class DecodeRunner:
         return self._compute(batch, self._state)
 
     def _compute(self, batch: ForwardBatch, state: DecodeState) -> Tensor | None:
-        """Model and greedy sampling; the sampled tokens are the next step's input."""
+        """Model and sampling; the sampled tokens are the next step's input."""
         logits = self.runner.model.compute_logits(self.runner.forward(batch))
-        if logits is not None:
-            torch.argmax(logits, dim=-1, out=state.input_ids_B[: batch.batch_size])
+        if logits is not None and self.sampling:
+            state.sample(logits)
+        elif logits is not None:
+            ops.argmax(logits, out=state.input_ids_B[: batch.batch_size])
         return logits
 
     def _lens_after_step(self, batch_size: int) -> tuple[int, ...]:

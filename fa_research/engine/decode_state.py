@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from fa_research.batch import ForwardBatch, ForwardMode
+from fa_research.engine.sampling import GREEDY, SamplingParams, pack
 from fa_research.kernels import ops
 
 
 class DecodeState:
     """Per request: last token (int64), row (int32), tokens in the cache (int32), position and slot of the token at hand
-    (int64). Entries past the real batch are padding: row 0, page 0, length 1."""
+    (int64), and how its tokens are drawn, as ops.sample takes it. Entries past the real batch are padding: row 0, page
+    0, length 1, greedy."""
 
     def __init__(self, max_batch_size: int, device: torch.device) -> None:
         self.max_batch_size = max_batch_size
@@ -26,6 +28,11 @@ class DecodeState:
         self.out_cache_loc_B = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         self.req_pool_indices_B = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
         self.seq_lens_B = torch.ones(max_batch_size, dtype=torch.int32, device=device)
+        self.temperature_B = torch.zeros(max_batch_size, dtype=torch.float32, device=device)
+        self.top_k_B = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
+        self.top_p_B = torch.ones(max_batch_size, dtype=torch.float32, device=device)
+        self.min_p_B = torch.zeros(max_batch_size, dtype=torch.float32, device=device)
+        self.seed_B = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by name (for tests of their addresses)."""
@@ -46,6 +53,22 @@ class DecodeState:
         self.input_ids_B.zero_()
         tokens = torch.as_tensor(last_tokens, dtype=torch.int64)
         self.input_ids_B[:size].copy_(tokens, non_blocking=True)
+
+    def load_sampling(self, sampling: Sequence[SamplingParams]) -> None:
+        """How these requests' tokens are drawn; padding behind is greedy."""
+        padded = [*sampling, *[GREEDY] * (self.max_batch_size - len(sampling))]
+        for static_B, packed_B in zip(self._sampling(), pack(padded, self.device), strict=True):
+            static_B.copy_(packed_B)
+
+    def sample(self, logits_BX: Tensor) -> None:
+        """Draw the next token of the first B entries into `input_ids_B`; their lengths are the tokens' positions."""
+        size = logits_BX.shape[0]
+        temperature_B, top_k_B, top_p_B, min_p_B, seed_B = (tensor[:size] for tensor in self._sampling())
+        positions_B, out_B = self.seq_lens_B[:size], self.input_ids_B[:size]
+        ops.sample(logits_BX, temperature_B, top_k_B, top_p_B, min_p_B, seed_B, positions_B, out_B)
+
+    def _sampling(self) -> tuple[Tensor, ...]:
+        return self.temperature_B, self.top_k_B, self.top_p_B, self.min_p_B, self.seed_B
 
     def advance(self, batch_size: int, req_to_token_RW: Tensor, max_seq_len_k: int) -> ForwardBatch:
         """One token further for the first `batch_size` entries, on the device alone: positions, lengths and slots. The

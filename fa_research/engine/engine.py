@@ -62,7 +62,7 @@ class Engine:
 
     def decoder(self, batch_size: int, max_seq_len_k: int) -> DecodeRunner:
         """A decode runner for batches of `batch_size`, capturing the sizes of `cuda_graph.batch_sizes` up to the first
-        that holds it."""
+        that holds it; greedy unless `sampling.temperature` is above 0."""
         sizes = sorted(self.config.cuda_graph.batch_sizes)
         needed = [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < batch_size]
         if self.graph_mode is not GraphMode.off and batch_size > max(sizes):
@@ -77,6 +77,7 @@ class Engine:
             batch_sizes=needed,
             max_seq_len_k=max_seq_len_k,
             reserve_ahead=self.config.kv.reserve_ahead,
+            sampling=self.config.sampling.temperature > 0,
         )
 
 

@@ -6,7 +6,7 @@ rounding, and Triton is imported when the first kernel runs. Nothing here reads 
 
 Shapes: T tokens, E hidden size, F intermediate size, H query heads, K KV heads, D head dim, V value head dim,
 N slots, X positions of the table, B requests, R rows and W columns of ``req_to_token``, P pages. Shape and
-dtype contracts are those of the kernels: norm.py, activation.py, rope_kv.py, fill_metadata.py.
+dtype contracts are those of the kernels: norm.py, activation.py, rope_kv.py, fill_metadata.py, sampling.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fa_research.kernels import sampling_torch
+
 _KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
 @cache
 def _kernels() -> SimpleNamespace:
-    from fa_research.kernels import activation, fill_metadata, norm, rope_kv
+    from fa_research.kernels import activation, fill_metadata, norm, rope_kv, sampling
 
     return SimpleNamespace(
         rms_norm=norm.rms_norm,
@@ -34,6 +36,8 @@ def _kernels() -> SimpleNamespace:
         rope_write_kv=rope_kv.rope_write_kv,
         fill_metadata=fill_metadata.fill_metadata,
         advance_decode=fill_metadata.advance_decode,
+        argmax=sampling.argmax,
+        sample=sampling.sample,
     )
 
 
@@ -176,3 +180,36 @@ def advance_decode(
     slots_B = req_to_token_RW[req_pool_indices_B, positions_B.clamp(max=width - 1)]
     out_cache_loc_B.copy_(torch.where(live_B & (positions_B < width), slots_B, 0))
     seq_lens_B.copy_(positions_B + 1)
+
+
+def argmax(logits_BX: Tensor, out: Tensor | None = None) -> Tensor:
+    """Id of each row's largest logit, int64 [B]: the first of equal ones; NaN counts as the largest."""
+    if _use_kernel(logits_BX):
+        return _kernels().argmax(logits_BX, out)
+    return torch.argmax(logits_BX, dim=-1) if out is None else torch.argmax(logits_BX, dim=-1, out=out)
+
+
+def sample(
+    logits_BX: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    seed_B: Tensor,
+    positions_B: Tensor,
+    out_B: Tensor,
+) -> None:
+    """One token for each row into ``out_B`` (int64 [B]), in the order of Hugging Face's warpers: temperature, top-k,
+    top-p of what top-k left, min-p relative to the likeliest token, then a draw.
+
+    ``temperature_B`` float32, 0 for ``argmax``; ``top_k_B`` int32, 0 for all; ``top_p_B`` float32 above 0, 1 for all;
+    ``min_p_B`` float32, 0 for all; ``seed_B`` int64; ``positions_B`` int32 or int64, below 2**31: the index that the
+    token will have in its sequence. All tokens that tie with the last one kept are kept. The noise is a function of
+    seed, position and id, so a token does not depend on the batch or the device. NaN and -inf are never drawn; of
+    several +inf any may be; a sampled row with neither a finite logit nor +inf gives token 0.
+    """
+    arguments = (logits_BX, temperature_B, top_k_B, top_p_B, min_p_B, seed_B, positions_B, out_B)
+    if _use_kernel(logits_BX):
+        _kernels().sample(*arguments)
+        return
+    sampling_torch.sample(*arguments)

@@ -46,7 +46,7 @@ class Decode(Decoding):
         self.decoder = engine.decoder(len(self.requests), longest)
         generator = torch.Generator().manual_seed(self.config.seed)
         self.tokens = random_tokens(len(self.requests), self.config.model.vocab_size, generator)
-        self.decoder.start(self.requests, self.tokens)
+        self.start(self.tokens)
 
     def units(self) -> list[Unit]:
         size, steps = len(self.requests), int(self.options.steps)

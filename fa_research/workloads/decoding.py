@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.engine.decode import DecodeRunner
+from fa_research.engine.sampling import SamplingParams, sampling_params
 from fa_research.kv_cache import CachedRequest
 from fa_research.workloads.base import Pass, Workload
 
@@ -18,12 +19,21 @@ class Decoding(Workload):
     requests: list[CachedRequest]
     decoder: DecodeRunner
 
+    @property
+    def sampling(self) -> list[SamplingParams]:
+        """How each request's tokens are drawn."""
+        return sampling_params(self.config, len(self.requests))
+
+    def start(self, last_tokens: Tensor) -> None:
+        """Decode from the requests' newest tokens on, which are not in the cache yet."""
+        self.decoder.start(self.requests, last_tokens, self.sampling)
+
     def restart(self, context_lens: Sequence[int], last_tokens: Tensor) -> None:
         """Decode again from these many tokens in the cache on: what the steps since then wrote is written over."""
         self.decoder.flush()
         for request, context_len in zip(self.requests, context_lens, strict=True):
             request.seq_len = context_len
-        self.decoder.start(self.requests, last_tokens)
+        self.start(last_tokens)
 
     def current_pass(self) -> Pass:
         self.decoder.flush()

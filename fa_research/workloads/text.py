@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.engine.engine import Engine, Needs
+from fa_research.engine.sampling import sample
 from fa_research.kv_cache import CachedRequest
 from fa_research.models.tokenizer import Tokenizer, load_tokenizer
 from fa_research.workloads.base import Case, Pass, Unit, pick
@@ -110,8 +111,11 @@ class Text(Decoding):
             self.requests = [self.engine.cache.open() for _ in self.prompts]
         rest = [prompt[r.seq_len :] for r, prompt in zip(self.requests, self.prompts, strict=True)]
         logits = runner.extend_in_chunks(self.requests, rest, options.chunk_size, watch)
-        self.first_tokens = torch.zeros(len(self.requests)) if logits is None else logits.argmax(-1)
-        self.decoder.start(self.requests, self.first_tokens)
+        if logits is None:
+            self.first_tokens = torch.zeros(len(self.requests))
+        else:
+            self.first_tokens = sample(logits, self.sampling, [r.seq_len for r in self.requests])
+        self.start(self.first_tokens)
         return logits
 
     def _restart(self) -> None:

@@ -86,7 +86,7 @@ def test_known_failure_1_every_batch_size_attends_with_the_static_metadata() -> 
 def test_every_tensor_of_the_state_is_reported() -> None:
     state = DecodeState(4, torch.device("cpu"))
     assert set(state.tensors()) == {n for n, v in vars(state).items() if isinstance(v, Tensor)}
-    assert len(state.tensors()) == 5
+    assert len(state.tensors()) == 10
 
 
 def test_loading_leaves_padding_behind_the_batch() -> None:
