@@ -42,7 +42,7 @@ _NOBODY = tl.constexpr(-(2**31))  # below the key of every logit
 _LAST = tl.constexpr(2**31 - 1)
 
 
-@triton.jit(do_not_specialize=["tiles_per_split"])
+@triton.jit(do_not_specialize=["tiles_per_split", "num_groups"])
 def _summary_kernel(
     logits_ptr,
     temperature_ptr,
@@ -173,7 +173,7 @@ def _draw_kernel(
     tl.store(part_ids_ptr + row * tl.num_programs(1) + split, best_id)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _combine_kernel(part_keys_ptr, part_ids_ptr, out_ptr, num_splits, SPLITS: tl.constexpr):
     row, split = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
     part = row * num_splits + split
@@ -212,7 +212,8 @@ def _best(
         logits_BX, temperature_B, seed_B, positions_B, peak_B, threshold_B, keys, ids,
         vocab, logits_BX.stride(0), tiles_per_split, LANES, num_warps=8,
     )  # fmt: skip
-    _combine_kernel[(size,)](keys, ids, out_B, splits, triton.next_power_of_2(splits), num_warps=1)
+    tiles = triton.cdiv(vocab, TILE.value)
+    _combine_kernel[(size,)](keys, ids, out_B, splits, triton.next_power_of_2(tiles), num_warps=1)
 
 
 def argmax(logits_BX: Tensor, out: Tensor | None = None) -> Tensor:
@@ -251,7 +252,7 @@ def thresholds(
     threshold_kernel[(size,)](
         logits_BX, temperature_B, top_k_B, top_p_B, min_p_B, group_peaks, split_peaks, split_masses, candidates,
         peak_B, threshold_B, vocab, logits_BX.stride(0), num_groups, splits,
-        triton.next_power_of_2(num_groups), triton.next_power_of_2(splits), capacity,
+        triton.next_power_of_2(num_groups), triton.next_power_of_2(tiles), capacity,
         512, 16 // logits_BX.element_size(), num_warps=16,
     )  # fmt: skip
     return peak_B, threshold_B

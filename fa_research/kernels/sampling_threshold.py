@@ -113,9 +113,8 @@ def _gather(row_ptr, candidates_ptr, vocab, low, high, BLOCK: tl.constexpr):
     filled = 0
     x = _load(row_ptr, 0, vocab, BLOCK)
     for start in range(0, vocab, BLOCK):
-        following = _load(
-            row_ptr, start + BLOCK, vocab, BLOCK
-        )  # on its way while threads wait for one another
+        # On its way while the threads wait for one another.
+        following = _load(row_ptr, start + BLOCK, vocab, BLOCK)
         # Not "x < high": above an infinite logit lies a NaN.
         inside = ((x >= low) & ((x >= high) == 0) & (x > float("-inf"))).to(tl.int32)
         found = tl.sum(inside)
@@ -148,10 +147,13 @@ def _search(
     hi = order(peak).to(tl.int64) + 1
     hi_count = 0
     hi_mass = 0.0
-    # The guess; the largest logit alone; all but -inf, of which masked rows are full.
+    # First the guess; the largest logit alone; and a value between, or all but -inf, of which rows may be full.
     a = tl.minimum(tl.maximum(hint.to(tl.int64), lo), hi - 1)
     b = hi - 1
-    c = lo + 1
+    if BY_MASS:
+        c = order(_value(a) + (peak - _value(a)) / 3).to(tl.int64)
+    else:
+        c = lo + 1
     while (hi - lo > 1) & (lo_count - hi_count > CAPACITY):
         count_a, count_b, count_c, mass_a, mass_b, mass_c = _tally(
             row_ptr, peak, scale, vocab, _value(a), _value(b), _value(c), LANES, WIDTH
@@ -193,7 +195,7 @@ def _search(
     return lo, lo_count, lo_mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "num_groups"])
 def threshold_kernel(
     logits_ptr,
     temperature_ptr,

@@ -7,6 +7,7 @@ Shapes: B requests, X vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -148,12 +149,18 @@ def test_philox_has_the_known_answers_of_random123() -> None:
 
 
 def draw(
-    logits_BX: Tensor, params: list[Params], seeds: Tensor, positions: Tensor, *, kernel: bool = False
+    logits_BX: Tensor,
+    params: list[Params],
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    kernel: bool = False,
+    **options: int,
 ) -> Tensor:
     out_B = torch.full((len(params),), -1, dtype=torch.int64, device=logits_BX.device)
     device = str(logits_BX.device)
     run = sampling.sample if kernel else ops.sample
-    run(logits_BX, *packed(params, device), seeds.to(device), positions.to(device), out_B)
+    run(logits_BX, *packed(params, device), seeds.to(device), positions.to(device), out_B, **options)
     return out_B
 
 
@@ -270,19 +277,21 @@ def test_rows_without_a_number_give_a_valid_token(params: Params, kernel: bool) 
     assert tokens.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("options", [{}, {"kernel": True}, {"kernel": True, "capacity": 16}], ids=str)
 @pytest.mark.parametrize("params", [Params(), Params(1.0, 3, 0.9, 0.1), Params(top_p=0.5)], ids=str)
-def test_nan_and_minus_infinity_are_never_drawn_and_infinity_always_is(params: Params, kernel: bool) -> None:
+def test_nan_and_minus_infinity_are_never_drawn_and_infinity_always_is(
+    params: Params, options: dict[str, Any]
+) -> None:
     x = torch.full((3, 4200), float("nan"), device=DEVICE)
     x[:, ::2] = float("-inf")
     x[0, 4101] = -3.0
     x[1, [7, 4099]] = torch.tensor([1.0, 1.5], device=DEVICE)
     x[2, [5, 9, 4100]] = torch.tensor([1e30, float("inf"), 3e38], device=DEVICE)
-    tokens = draw(x, [params] * 3, torch.arange(3), torch.arange(3), kernel=kernel).tolist()
+    tokens = draw(x, [params] * 3, torch.arange(3), torch.arange(3), **options).tolist()
     assert tokens[0] == 4101 and tokens[1] in (7, 4099) and tokens[2] == 9
 
 
-@pytest.mark.parametrize("vocab", [*VOCABULARIES, 4096, 4097])
+@pytest.mark.parametrize("vocab", [*VOCABULARIES, 4096, 9001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_argmax_is_torchs(vocab: int, dtype: torch.dtype) -> None:
     """Ties, signed zeros, NaN, infinities; rows that are strided."""

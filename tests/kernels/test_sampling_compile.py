@@ -31,7 +31,7 @@ def compiled(kernel, constants, warps, logits):
         signature[name] = DTYPES.get(name, "*fp32") if pointer else "i32"
         if name == "logits_ptr":
             signature[name] = logits
-        if pointer or name in ("vocab", "logits_stride_b", "num_groups"):
+        if pointer or name in ("vocab", "logits_stride_b"):
             attrs[(i,)] = [["tt.divisibility", 16]]
     constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
