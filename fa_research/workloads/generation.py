@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fa_research.config import ModelConfig, TextWorkload
 from fa_research.engine.engine import Engine
+from fa_research.engine.sampling import sample, sampling_params
 from fa_research.engine.token_reader import TokenReader
 from fa_research.errors import ConfigError
 from fa_research.models.tokenizer import Tokenizer
@@ -61,10 +62,11 @@ class Generation:
             logits_1X = self.engine.runner.extend_in_chunks([request], [self.prompt], self.chunk_size)
             assert logits_1X is not None, "the attention path alone writes no text"
             first = TokenReader(1, self.engine.device)
-            sampled = logits_1X.argmax(-1)
+            params = sampling_params(self.engine.config, 1)
+            sampled = sample(logits_1X, params, [len(self.prompt)])
             first.push(sampled)
             decoder = self.engine.decoder(1, len(self.prompt) + self.count)
-            decoder.start([request], sampled)
+            decoder.start([request], sampled, params)
             for step in range(self.count):
                 if step < self.count - 1:  # launched before the token is waited for
                     decoder.step()
