@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from fa_research.attention.lowering import Lowering
 from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.errors import ConfigError
 from fa_research.interop.dlpack import HandleCache, reasons_against_jax, to_jax, to_torch, x64_enabled
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import AttentionSpec, Capabilities, GraphSupport
@@ -38,12 +39,19 @@ class JaxBackend(AttentionBackend):
     """Keys and values are shared once per pool and passed to the compiled program as arguments, queries and metadata
     are shared anew: that also orders JAX behind torch's stream, and the result orders torch behind JAX
     (`interop.dlpack`). Masks are evaluated by their own predicate. XLA runs outside torch's streams, so a step cannot
-    be captured."""
+    be captured.
+
+    `backend.options.kernel=pallas` takes our Pallas kernel for passes of one token a request (interpreted on the CPU),
+    and XLA for the others; `xla`, the default, takes XLA for all."""
 
     name = "jax"
+    option_names = frozenset({"kernel"})
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
+        self._kernel = settings.options.get("kernel", "xla")
         super().__init__(settings, specs)
+        if self._kernel not in ("xla", "pallas"):
+            raise ConfigError(f"backend.options.kernel={self._kernel} is unknown; choose one of xla, pallas")
         self.handles = HandleCache()
 
     @classmethod
@@ -72,6 +80,8 @@ class JaxBackend(AttentionBackend):
             reasons.append(f"backend.num_splits={s.num_splits}: XLA splits as it likes; use 0")
         if s.deterministic:
             reasons.append("backend.deterministic=true: XLA's order of summation goes by the batch's bucket")
+        if self._kernel == "pallas":
+            reasons += _reasons_against_pallas(spec, s)
         return replace(lowering, reasons=lowering.reasons + tuple(reasons))
 
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
@@ -89,29 +99,35 @@ class JaxBackend(AttentionBackend):
         sinks_H: Tensor | None = None,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        from fa_research.kernels.jax_paged import paged_attention
-
         plan: _Plan = metadata.plans[self.name]
         k_RKD, first_row = self._pool(k_cache_NKD)
         v_RKV, v_first_row = self._pool(v_cache_NKV)
         assert first_row == v_first_row, "keys and values of one layer lie at the same slots"
-        out, lse = paged_attention(
-            to_jax(_pad_queries(q_THD, bucket(q_THD.shape[0]))),
-            k_RKD,
-            v_RKV,
-            first_row,
-            plan.page_table_BP,
-            plan.cache_seqlens_B,
-            plan.cu_seqlens_q_B1,
-            None if sinks_H is None else self.handles.get(sinks_H),
-            mask=spec.mask,
-            page_size=metadata.page_size,
-            scale=spec.scale,
-            softcap=spec.softcap,
-            tile=1 if metadata.max_seq_len_q == 1 else _TILE,
-        )
-        tokens = q_THD.shape[0]
+        tokens, one_each = q_THD.shape[0], metadata.max_seq_len_q == 1
+        q = to_jax(_pad_queries(q_THD, bucket(tokens)))
+        arrays = (q, k_RKD, v_RKV, first_row, plan.page_table_BP, plan.cache_seqlens_B)
+        sinks = None if sinks_H is None else self.handles.get(sinks_H)
+        shape = {"page_size": metadata.page_size, "scale": spec.scale, "softcap": spec.softcap}
+        if one_each and self._kernel == "pallas":
+            out, lse = self._decode(arrays, sinks, spec, shape)
+        else:
+            from fa_research.kernels.jax_paged import paged_attention
+
+            tile = 1 if one_each else _TILE
+            out, lse = paged_attention(
+                *arrays, plan.cu_seqlens_q_B1, sinks, mask=spec.mask, tile=tile, **shape
+            )
         return to_torch(out)[:tokens], to_torch(lse)[:tokens] if return_lse else None
+
+    def _decode(self, arrays: tuple[Any, ...], sinks: Any, spec: AttentionSpec, shape: dict[str, Any]) -> Any:
+        from fa_research.kernels.pallas_decode import paged_decode
+
+        band = spec.mask.band()
+        assert band is not None, "lowering admits bands only"
+        interpret = self.settings.device.type == "cpu"
+        return paged_decode(
+            *arrays, sinks, window=band.window, chunk=band.chunk, interpret=interpret, **shape
+        )
 
     def _pool(self, cache_NKD: Tensor) -> tuple[jax.Array, int]:
         """The buffer of all layers that this layer's cache is a view of, as rows, and the layer's first row: one handle
@@ -122,6 +138,22 @@ class JaxBackend(AttentionBackend):
         if whole.is_contiguous() and cache_NKD.is_contiguous() and not (offset % row or whole.numel() % row):
             return self.handles.get(whole.view(-1, *cache_NKD.shape[1:])), offset // row
         return self.handles.get(cache_NKD), 0
+
+
+def _reasons_against_pallas(spec: AttentionSpec, settings: BackendSettings) -> list[str]:
+    reasons, asked = [], "backend.options.kernel=pallas"
+    if spec.mask.band() is None:
+        reasons.append(
+            f"{asked}: mask {spec.mask.name} is no band, and the kernel evaluates bands only; use xla"
+        )
+    dim = spec.head_dim
+    if dim != spec.v_head_dim or dim < 16 or dim & (dim - 1):
+        reasons.append(
+            f"{asked}: head dims {dim}, {spec.v_head_dim}; takes one power of two from 16 on; use xla"
+        )
+    if settings.device.type == "cuda" and settings.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"{asked}: takes float16, bfloat16 on a GPU; use xla")
+    return reasons
 
 
 def bucket(size: int) -> int:

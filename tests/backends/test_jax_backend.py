@@ -15,9 +15,9 @@ jax = pytest.importorskip("jax")
 
 from fa_research import backends  # noqa: E402
 from fa_research.backends.jax_backend import JaxBackend, bucket  # noqa: E402
-from fa_research.errors import Unsupported  # noqa: E402
-from fa_research.masks import Chunked, SlidingWindow  # noqa: E402
-from tests.helpers import Scene, make_spec  # noqa: E402
+from fa_research.errors import ConfigError, Unsupported  # noqa: E402
+from fa_research.masks import Causal, Chunked, Full, Mask, SlidingWindow  # noqa: E402
+from tests.helpers import DEVICES, Scene, make_spec  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LENS = ((0, 5), (16, 1), (3, 30))
@@ -101,6 +101,34 @@ def test_calls_leave_nothing_behind() -> None:
     for _ in range(50):
         scene.run(backend)
     assert len(jax.live_arrays()) <= before
+
+
+PALLAS = {"options": {"kernel": "pallas"}}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "mask", [Causal(), SlidingWindow(7), Chunked(12), Full()], ids=lambda mask: mask.name
+)
+def test_decode_through_pallas(device: str, mask: Mask) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    lens = ((0, 1), (15, 1), (16, 1), (32, 1), (49, 1))
+    scene = Scene(make_spec((6, 2), mask=mask, has_sink=True), lens, 16, dtype, device, decode=True)
+    scene.check(scene.backend("jax", **PALLAS))
+    scene = Scene(make_spec((6, 2), mask=mask), ((0, 6), (20, 1), (15, 18)), 16, dtype, device)
+    scene.check(scene.backend("jax", **PALLAS))  # many tokens a request: XLA
+
+
+def test_what_pallas_refuses() -> None:
+    scene = Scene(make_spec(head_dim=40), LENS, 16, torch.float32)
+    with pytest.raises(
+        Unsupported, match=r"kernel=pallas: head dims 40, 40; takes one power of two.*use xla"
+    ):
+        backends.create("jax", scene.settings(**PALLAS), scene.specs)
+    with pytest.raises(
+        ConfigError, match=r"backend\.options\.kernel=cuda is unknown; choose one of xla, pallas"
+    ):
+        backends.create("jax", scene.settings(options={"kernel": "cuda"}), scene.specs)
 
 
 @pytest.mark.parametrize(
