@@ -1,0 +1,246 @@
+"""Decode attention from JAX: python -m experiments.jax_decode.measure OUT_FOLDER [--small]
+
+Batch 64 x 4,096 tokens, pages of 16, 32 query and 8 KV heads of 128, bfloat16, a shuffled page table. Measured are: our
+Pallas kernel under several launch configurations, XLA, and our backends, called from torch and from jitted JAX; what a
+call from JAX adds, at a batch where the kernel takes next to nothing; what sharing costs. Every output is checked
+against float64 before it is timed. --small: a few tokens, for a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa_research import backends
+from fa_research.attention.reference import paged_attention as definition
+from fa_research.backends import BackendSettings
+from fa_research.interop.dlpack import HandleCache, import_jax, to_jax, to_torch
+from fa_research.interop.jax import paged_attention as from_jax
+from fa_research.masks import Causal
+from fa_research.measure.numerics import judge_rows
+from fa_research.metadata import FlashAttentionMetadata
+from fa_research.spec import AttentionSpec
+from fa_research.tracking import Row, RowWriter, Status, environment
+from fa_research.tracking.failures import failed_row
+from fa_research.tracking.records import ROWS_FILE
+
+jax = import_jax()
+from fa_research.kernels.jax_paged import paged_attention as with_xla  # noqa: E402
+from fa_research.kernels.pallas_decode import Config, paged_decode  # noqa: E402
+
+HEADS, KV_HEADS, DIM, PAGE_SIZE = 32, 8, 128, 16
+CHAIN = 16  # calls after one another in one program: the host runs ahead
+ROUNDS = 7
+CONFIGS = [
+    Config(block_n=n, num_warps=warps, num_stages=stages, cuts=cuts)
+    for n, warps, stages, cuts in (
+        (128, 4, 2, 1), (128, 4, 2, 2), (128, 4, 3, 1), (128, 8, 2, 1), (64, 4, 2, 1), (64, 4, 3, 1),
+        (64, 4, 4, 1), (64, 4, 3, 2), (64, 2, 3, 1), (32, 4, 4, 1), (32, 2, 4, 2),
+    )
+]  # fmt: skip
+
+
+@dataclass
+class Scene:
+    """One batch: queries, pools of one layer, metadata."""
+
+    q_BHD: Tensor
+    k_NKD: Tensor
+    v_NKD: Tensor
+    metadata: FlashAttentionMetadata
+    spec: AttentionSpec
+
+    @classmethod
+    def make(cls, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> Scene:
+        generator = torch.Generator(device=device).manual_seed(0)
+        pages = -(-length // PAGE_SIZE)
+        slots = (batch * pages + 1) * PAGE_SIZE
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+        metadata = FlashAttentionMetadata.allocate(batch, length, PAGE_SIZE, device)
+        order = torch.randperm(batch * pages, generator=generator, device=device) + 1
+        metadata.page_table_BP.copy_(order.view(batch, pages))
+        metadata.cache_seqlens_int32_B.fill_(length)
+        metadata.cu_seqlens_q_B1.copy_(torch.arange(batch + 1))
+        metadata.cu_seqlens_k_B1.copy_(torch.arange(batch + 1) * length)
+        metadata.max_seq_len_q, metadata.max_seq_len_k = 1, length
+        spec = AttentionSpec(HEADS, KV_HEADS, DIM, DIM, DIM**-0.5)
+        pools = normal(slots, KV_HEADS, DIM), normal(slots, KV_HEADS, DIM)
+        return cls(normal(batch, HEADS, DIM), *pools, metadata, spec)
+
+    @property
+    def bytes_read(self) -> int:
+        return 2 * int(self.metadata.cu_seqlens_k_B1[-1]) * KV_HEADS * DIM * self.q_BHD.element_size()
+
+    def check(self, out_BHD: Tensor, requests: int = 4) -> dict[str, float | bool]:
+        """The first requests against float64, and the bound of `measure.numerics`."""
+        m, n = self.metadata, min(requests, self.q_BHD.shape[0])
+        lens = m.cache_seqlens_int32_B[:n].tolist()
+        pools = (self.k_NKD, self.v_NKD, m.page_table_BP[:n])
+        exact, low = (
+            definition(self.q_BHD[:n], *pools, lens, [1] * n, PAGE_SIZE, self.spec, compute_dtype=dtype)[0]
+            for dtype in (torch.float64, self.q_BHD.dtype)
+        )
+        verdict = judge_rows([(out_BHD[:n].flatten(0, 1), low.flatten(0, 1), exact.flatten(0, 1))])
+        return verdict.checks("out")
+
+    def arrays(self) -> dict[str, Any]:
+        m = self.metadata
+        tensors = {"q": self.q_BHD, "k": self.k_NKD, "v": self.v_NKD, "table": m.page_table_BP}
+        return {name: to_jax(x) for name, x in (tensors | {"lens": m.cache_seqlens_int32_B}).items()}
+
+
+def seconds(run: Callable[[], object], wait: Callable[[object], object], rounds: int = ROUNDS) -> float:
+    """Median of the time of `run` until its result is there."""
+    times = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        wait(run())
+        times.append(time.perf_counter() - start)
+    return median(times[2:])
+
+
+def wait_torch(_: object) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass
+class Prepared:
+    """One variant on one batch: its output, and CHAIN calls to be timed."""
+
+    out: Tensor
+    chain: Callable[[], object]
+    wait: Callable[[object], object]
+
+    def microseconds(self) -> float:
+        return seconds(self.chain, self.wait) / CHAIN * 1e6
+
+
+def in_torch(name: str, scene: Scene) -> Prepared:
+    """Calls of a backend from torch, eager, on one plan."""
+    settings = BackendSettings(scene.q_BHD.device, scene.q_BHD.dtype, PAGE_SIZE, scene.metadata.max_seq_len_k)
+    backend = backends.create(name, settings, [scene.spec])
+    scene.metadata.plans.clear()
+    backend.plan(scene.metadata, backend.lowerings[0])
+
+    def chain() -> Tensor:
+        q_BHD = scene.q_BHD
+        for _ in range(CHAIN):
+            q_BHD, _ = backend.attend(q_BHD, scene.k_NKD, scene.v_NKD, scene.metadata, scene.spec)
+        return q_BHD
+
+    out, _ = backend.attend(scene.q_BHD, scene.k_NKD, scene.v_NKD, scene.metadata, scene.spec)
+    return Prepared(out, chain, wait_torch)
+
+
+def in_jax(attend: Callable[[dict[str, Any]], Any], scene: Scene) -> Prepared:
+    """Calls under jit, CHAIN of them in a program, each on the result of the one before."""
+    arrays = scene.arrays()
+
+    def chain(arrays: dict[str, Any]) -> Any:
+        for _ in range(CHAIN):
+            arrays = arrays | {"q": attend(arrays)}
+        return arrays["q"]
+
+    program = jax.jit(chain)
+    return Prepared(to_torch(jax.jit(attend)(arrays)), lambda: program(arrays), jax.block_until_ready)
+
+
+def variants(interpret: bool) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any]]]:
+    shape = {"page_size": PAGE_SIZE, "scale": DIM**-0.5}
+    for config in CONFIGS[:1] if interpret else CONFIGS:
+        name = "pallas " + " ".join(f"{key}={value}" for key, value in asdict(config).items())
+
+        def pallas(a: dict[str, Any], config: Config = config) -> Any:
+            pools = (a["q"], a["k"], a["v"], 0, a["table"], a["lens"])
+            return paged_decode(*pools, **shape, config=config, interpret=interpret)[0]
+
+        yield name, pallas
+
+    def xla(a: dict[str, Any]) -> Any:
+        cu_seqlens = jax.numpy.arange(a["q"].shape[0] + 1, dtype=jax.numpy.int32)
+        return with_xla(a["q"], a["k"], a["v"], 0, a["table"], a["lens"], cu_seqlens, mask=Causal(), **shape)[
+            0
+        ]
+
+    yield "xla", xla
+    for backend in ("torch",) if interpret else ("fa3", "triton"):
+        yield f"jit {backend}", lambda a, backend=backend: through(backend, a)
+
+
+def through(backend: str, a: dict[str, Any]) -> Any:
+    pools = (a[name].reshape(-1, PAGE_SIZE, KV_HEADS, DIM) for name in "kv")
+    return from_jax(a["q"], *pools, a["table"], a["lens"], backend=backend)
+
+
+def sharing(scene: Scene) -> dict[str, float]:
+    """Microseconds of sharing: a tensor, a result, and a pool that is known already."""
+    cache, array = HandleCache(), to_jax(scene.q_BHD)
+    cases = {
+        "to_jax_us": lambda: to_jax(scene.q_BHD),
+        "to_torch_us": lambda: to_torch(array),
+        "handle_us": lambda: cache.get(scene.k_NKD),
+    }
+    return {name: seconds(run, lambda _: None, 200) * 1e6 for name, run in cases.items()}
+
+
+def row_of(config: dict[str, Any], prepare: Callable[[Scene], Prepared], large: Scene, little: Scene) -> Row:
+    """Checked, then timed: at the large batch, and at one where the host's part is all there is to see."""
+    prepared = prepare(large)
+    checks = large.check(prepared.out)
+    row = Row(Status.ok if checks["out_passed"] else Status.inaccurate, config, checks=checks)
+    if row.status is Status.ok:
+        took = prepared.microseconds()
+        row.metrics = {"call_us": took, "gigabytes_per_s": large.bytes_read / took / 1e3}
+        row.metrics["call_bs1_us"] = prepare(little).microseconds()
+    return row
+
+
+def measure(small: bool) -> Iterator[Row]:
+    """A row a variant: what fails costs its own row only."""
+    device = torch.device("cpu") if small else torch.device("cuda", 0)
+    dtype = torch.float32 if small else torch.bfloat16
+    large, little = (Scene.make(device, dtype, *size) for size in ((2, 64) if small else (64, 4096), (1, 64)))
+    cases: list[tuple[str, Callable[[Scene], Prepared]]] = [
+        (f"torch {name}", functools.partial(in_torch, name))
+        for name in (("torch",) if small else ("fa3", "triton"))
+    ]
+    cases += [(name, functools.partial(in_jax, attend)) for name, attend in variants(interpret=small)]
+    for name, prepare in cases:
+        config = {
+            "variant": name,
+            "batch_size": large.q_BHD.shape[0],
+            "seq_len": large.metadata.max_seq_len_k,
+        }
+        try:
+            yield row_of(config, prepare, large, little)
+        except Exception as error:  # the next variant may still work
+            yield failed_row(error, config)
+    yield Row(Status.ok, {"variant": "sharing"}, metrics=sharing(large))
+
+
+def main() -> None:
+    folder, small = Path(sys.argv[1]), "--small" in sys.argv
+    folder.mkdir(parents=True, exist_ok=True)
+    with RowWriter(folder / ROWS_FILE) as writer:
+        for row in measure(small):
+            row.environment = environment()
+            writer.write(row)
+            numbers = {key: round(x, 2) for key, x in row.metrics.items()}
+            print(f"{row.config['variant']:64} {row.status} {numbers or row.reasons}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
