@@ -71,6 +71,37 @@ def test_gemma_norms_are_offsets_from_one(tmp_path: Path) -> None:
     assert not torch.equal(model.layers[1].mlp_norm_E, (1 + offset).float())
 
 
+def test_experts_in_mxfp4_as_gpt_oss_is_published(tmp_path: Path) -> None:
+    """Each row of a neuron is blocks of 32 values in 4 bits (sign, two bits of exponent, one of mantissa) with a power
+    of two each; gate and up take turns."""
+    save(PEERS["gptoss"], tmp_path)
+    generator = torch.Generator().manual_seed(0)
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            num_experts, columns, rows = tensors.pop(name).shape
+            shape = (num_experts, rows, columns // 32)
+            blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+            scales = torch.randint(118, 128, shape, dtype=torch.uint8, generator=generator)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+    edit_weights(tmp_path, pack)
+    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    check_weights(tmp_path, torch.bfloat16)
+    model, stored = load(tmp_path, torch.bfloat16), read(tmp_path)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    blocks, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
+    for expert, neuron, column in [(0, 0, 0), (7, 95, 255), (3, 40, 33), (5, 1, 64)]:
+        for part in (0, 1):
+            row, block, place = 2 * neuron + part, column // 32, column % 32
+            byte = int(blocks[expert, row, block, place // 2])
+            code = byte >> 4 if place % 2 else byte & 15
+            exponent, mantissa = code >> 1 & 3, code & 1
+            value = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+            value *= (-1 if code & 8 else 1) * 2.0 ** (int(scales[expert, row, block]) - 127)
+            assert model.layers[1].mlp.gate_up[expert, part * 96 + neuron, column] == value
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_are_converted(stored: torch.dtype, tmp_path: Path) -> None:
     for name in ("qwen2", "gemma2", "gptoss"):
