@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 
-from fa_research import masks
+from fa_research.config.limits import at_least, positive
 from fa_research.config.schemas import (
     Config,
     CudaGraphConfig,
@@ -18,11 +17,11 @@ from fa_research.config.schemas import (
     MeasureConfig,
     MixedWorkload,
     ModelConfig,
-    RopeType,
     SamplingConfig,
     TextWorkload,
     WorkloadConfig,
 )
+from fa_research.config.validate_model import model_problems
 from fa_research.errors import ConfigError
 
 MAX_PAGE_SIZE = 256
@@ -33,7 +32,7 @@ def validate(config: Config) -> None:
     """Raises ConfigError with every problem of `config`; each names its key, what was given and what would work."""
     problems = [
         *_root(config),
-        *_model(config.model),
+        *model_problems(config.model),
         *_kv(config.kv),
         *_cuda_graph(config.cuda_graph),
         *_measure(config.measure),
@@ -51,60 +50,12 @@ def study_problem(study: str) -> str | None:
     return f"study={study!r}: names a folder, so use letters, digits, dots, dashes and underscores"
 
 
-def _at_least(key: str, value: float | None, least: int) -> Iterator[str]:
-    if value is not None and not value >= least:
-        yield f"{key}={value}: must be at least {least}"
-
-
-def _positive(key: str, value: float) -> Iterator[str]:
-    if not (value > 0 and math.isfinite(value)):
-        yield f"{key}={value}: must be a finite number above 0"
-
-
 def _root(config: Config) -> Iterator[str]:
     if problem := study_problem(config.study):
         yield problem
     if problem := seed_problem("seed", config.seed):
         yield problem
-    yield from _at_least("backend.num_splits", config.backend.num_splits, 0)
-
-
-def _model(model: ModelConfig) -> Iterator[str]:
-    sizes = (
-        "num_layers hidden_size num_heads num_kv_heads head_dim intermediate_size vocab_size max_context_len"
-    )
-    for name in sizes.split():
-        yield from _at_least(f"model.{name}", getattr(model, name), 1)
-    if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
-        yield (
-            f"model.num_heads={model.num_heads} with model.num_kv_heads={model.num_kv_heads}: "
-            "the query heads must be a multiple of the KV heads"
-        )
-    if model.head_dim % 2:
-        yield f"model.head_dim={model.head_dim}: must be even, rotary embedding turns pairs"
-    yield from _positive("model.rope_theta", model.rope_theta)
-    yield from _positive("model.rms_norm_eps", model.rms_norm_eps)
-    if not (model.softcap >= 0 and math.isfinite(model.softcap)):
-        yield f"model.softcap={model.softcap}: must be 0 (off) or a positive number"
-    yield from _rope_scaling(model)
-    try:
-        masks.build(model.mask.name, model.mask.size)
-    except ValueError as error:
-        yield f"model.mask: {error}"
-
-
-def _rope_scaling(model: ModelConfig) -> Iterator[str]:
-    rope = model.rope_scaling
-    if rope.type is RopeType.none:
-        return
-    for name in ("factor", "low_freq_factor", "high_freq_factor"):
-        yield from _positive(f"model.rope_scaling.{name}", getattr(rope, name))
-    yield from _at_least("model.rope_scaling.original_max_position", rope.original_max_position, 1)
-    if not rope.low_freq_factor < rope.high_freq_factor:
-        yield (
-            f"model.rope_scaling.low_freq_factor={rope.low_freq_factor}: "
-            f"must be below model.rope_scaling.high_freq_factor={rope.high_freq_factor}"
-        )
+    yield from at_least("backend.num_splits", config.backend.num_splits, 0)
 
 
 def _kv(kv: KVConfig) -> Iterator[str]:
@@ -119,8 +70,8 @@ def _kv(kv: KVConfig) -> Iterator[str]:
         yield f"kv.num_pages={kv.num_pages}: must be at least 1 (the sink page comes on top)"
     if kv.memory_fraction is not None and not 0 < kv.memory_fraction <= 1:
         yield f"kv.memory_fraction={kv.memory_fraction}: must be above 0 and at most 1"
-    yield from _at_least("kv.max_requests", kv.max_requests, 1)
-    yield from _at_least("kv.reserve_ahead", kv.reserve_ahead, 1)
+    yield from at_least("kv.max_requests", kv.max_requests, 1)
+    yield from at_least("kv.reserve_ahead", kv.reserve_ahead, 1)
 
 
 def _cuda_graph(graph: CudaGraphConfig) -> Iterator[str]:
@@ -157,10 +108,10 @@ def _sampling(sampling: SamplingConfig) -> Iterator[str]:
 
 
 def _measure(measure: MeasureConfig) -> Iterator[str]:
-    yield from _at_least("measure.check_requests", measure.check_requests, 1)
-    yield from _at_least("measure.warmup", measure.warmup, 0)
-    yield from _at_least("measure.repeats", measure.repeats, 1)
-    yield from _positive("measure.max_seconds", measure.max_seconds)
+    yield from at_least("measure.check_requests", measure.check_requests, 1)
+    yield from at_least("measure.warmup", measure.warmup, 0)
+    yield from at_least("measure.repeats", measure.repeats, 1)
+    yield from positive("measure.max_seconds", measure.max_seconds)
 
 
 def _workload(workload: WorkloadConfig, model: ModelConfig) -> Iterator[str]:
@@ -173,11 +124,11 @@ def _workload(workload: WorkloadConfig, model: ModelConfig) -> Iterator[str]:
             yield from _fits(workload, model, "context_len steps")
         case ExtendWorkload():
             yield from _sizes(workload, "batch_size new_len")
-            yield from _at_least("workload.prefix_len", workload.prefix_len, 0)
+            yield from at_least("workload.prefix_len", workload.prefix_len, 0)
             yield from _fits(workload, model, "prefix_len new_len")
         case MixedWorkload():
             yield from _sizes(workload, "extend_requests new_len decode_requests context_len")
-            yield from _at_least("workload.prefix_len", workload.prefix_len, 0)
+            yield from at_least("workload.prefix_len", workload.prefix_len, 0)
             yield from _fits(workload, model, "prefix_len new_len")
             yield from _fits(workload, model, "context_len", extra=1)
         case TextWorkload():
@@ -204,7 +155,7 @@ def _text(workload: TextWorkload, model: ModelConfig) -> Iterator[str]:
             f"workload.prompt_len - 1 = {workload.prompt_len - 1}, so that each prompt has a token of its own"
         )
     yield from _fits(workload, model, "prompt_len steps")
-    yield from _at_least("workload.generate", workload.generate, 0)
+    yield from at_least("workload.generate", workload.generate, 0)
     if workload.generate == 0 and workload.prompt is not None:
         yield "workload.prompt is given, but workload.generate=0; give the number of tokens that are to follow it"
     if workload.generate > 0 and workload.level is Level.attention:
@@ -218,7 +169,7 @@ def _text(workload: TextWorkload, model: ModelConfig) -> Iterator[str]:
 
 def _sizes(workload: WorkloadConfig, names: str) -> Iterator[str]:
     for name in names.split():
-        yield from _at_least(f"workload.{name}", getattr(workload, name), 1)
+        yield from at_least(f"workload.{name}", getattr(workload, name), 1)
 
 
 def _fits(workload: WorkloadConfig, model: ModelConfig, names: str, extra: int = 0) -> Iterator[str]:

@@ -1,0 +1,21 @@
+"""Ranges of single values, as problems that name the key. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+
+def at_least(key: str, value: float | None, least: int) -> Iterator[str]:
+    if value is not None and not value >= least:
+        yield f"{key}={value}: must be at least {least}"
+
+
+def positive(key: str, value: float | None) -> Iterator[str]:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        yield f"{key}={value}: must be a finite number above 0"
+
+
+def zero_or_positive(key: str, value: float) -> Iterator[str]:
+    if not (value >= 0 and math.isfinite(value)):
+        yield f"{key}={value}: must be 0 (off) or a positive number"
