@@ -49,9 +49,8 @@ def model_fields(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope = read_rope(reader, family)
     fields["mask"], fields["local"] = read_masks(reader, family, fields["num_layers"], rope.local_theta)
     fields |= {"rope_theta": rope.theta, "rope_scaling": rope.scaling}
-    if (
-        rope.local_theta is not None and fields["mask"].name == "sliding_window"
-    ):  # every layer is a windowed one
+    every_layer_local = fields["mask"].name == "sliding_window"
+    if every_layer_local and rope.local_theta is not None:
         fields |= {"rope_theta": rope.local_theta, "rope_scaling": RopeScaling()}
     fields["max_context_len"] = context_len(fields["max_context_len"], fields["rope_scaling"])
     if family.gemma:

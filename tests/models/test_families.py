@@ -107,6 +107,10 @@ HUB: list[tuple[str, str, dict[str, Any]]] = [
         "num_key_value_heads": ..., "original_max_position_embeddings": 50, "sliding_window": 262144,
         "rope_scaling": {**LONGROPE, "type": "longrope"},
     }),
+    ("phi-3-defaults", "Phi3", {
+        "max_position_embeddings": 8192,
+        "rope_scaling": {**LONGROPE, "type": "longrope", "original_max_position_embeddings": 70},
+    }),
     ("phi-4-like", "Phi3", {
         "original_max_position_embeddings": 50, "partial_rotary_factor": 1.0, "rope_theta": 2e4,
         "rope_scaling": {**LONGROPE, "rope_type": "longrope", "original_max_position_embeddings": 70},

@@ -37,6 +37,7 @@ SCALINGS = {
     "yarn-attention-factor": dataclasses.replace(YARN, mscale=0.7, mscale_all_dim=1.2, attention_factor=1.3),
     "yarn-shrinking": dataclasses.replace(YARN, factor=0.5),
     "yarn-step": dataclasses.replace(YARN, original_max_position=6),
+    "yarn-long": dataclasses.replace(YARN, original_max_position=10**9, beta_fast=1e6),
     "longrope": LONGROPE,
     "longrope-attention-factor": dataclasses.replace(LONGROPE, attention_factor=1.5),
     "longrope-shrinking": dataclasses.replace(LONGROPE, factor=0.5),
