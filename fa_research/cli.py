@@ -110,7 +110,9 @@ def run_one(cfg: DictConfig) -> Row:
 
         row = run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun)
     except Exception as error:
-        row = record_failure(output_dir, error, asked, rows_before=rows_before)
+        row = record_failure(
+            output_dir, error, asked, rows_before=rows_before, overrides=hydra.overrides.task
+        )
         if not multirun and _wants_traceback:
             raise
         if _is_plain(row, error):

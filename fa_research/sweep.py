@@ -138,10 +138,15 @@ def count_rows(output_dir: Path) -> int:
 
 
 def record_failure(
-    output_dir: Path, error: Exception, cfg: DictConfig | dict[str, Any], *, rows_before: int
+    output_dir: Path,
+    error: Exception,
+    cfg: DictConfig | dict[str, Any],
+    *,
+    rows_before: int,
+    overrides: Sequence[str] = (),
 ) -> Row:
     """The row of a cell that raised, written to `output_dir` unless the cell has written its own: one more than the
-    `rows_before` that were there when it began."""
+    `rows_before` that were there when it began. `overrides` as for `config_hash`."""
     from fa_research.tracking import ROWS_FILE, RowWriter, environment, failed_row
 
     if len(written := _rows_of(output_dir)) > rows_before:
@@ -149,7 +154,7 @@ def record_failure(
     row = failed_row(error)
     row.environment = environment()
     try:
-        row.config, row.config_hash = to_plain(cfg), config_hash(cfg)
+        row.config, row.config_hash = to_plain(cfg), config_hash(cfg, overrides)
     except OmegaConfBaseException as unresolved:
         row.notes.append(explain(unresolved))
     try:

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from fa_research.config import (
     Config,
     Dtype,
+    LocalConfig,
     MaskConfig,
     ModelConfig,
     RopeScaling,
@@ -54,10 +55,10 @@ def folder_of(path: Path, architecture: str = "Llama", **changes: Any) -> Path:
     return path
 
 
-def composed(*overrides: str) -> Any:
+def composed(*overrides: str, hydra: bool = False) -> Any:
     register()
     with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-        return compose("config", list(overrides))
+        return compose("config", list(overrides), return_hydra_config=hydra)
 
 
 def test_sizes_go_to_their_fields() -> None:
@@ -219,7 +220,6 @@ def test_checks_across_keys_see_the_folder(tmp_path: Path) -> None:
             r"decides model.num_layers=3 \(given: 2\); leave it out",
         ),  # the default, but typed
         ("++model.sink=true", r"model.sink=False \(given: True\)"),
-        ("model.mask.name=causal", r"model.mask.name=sliding_window \(given: causal\)"),
         (
             "model=llama3_8b",
             r"model.num_layers=3 \(given: 32\), model.hidden_size=96 \(given: 4096\).*leave them",
@@ -240,7 +240,9 @@ def test_a_choice_that_agrees_with_the_folder_is_fine(tmp_path: Path) -> None:
         tmp_path, **dict(zip(SIZES, sizes, strict=True)), rope_parameters=rope, tie_word_embeddings=True
     )
     overrides = ["model=llama3_1b", f"model.path={folder}"]
-    assert load_config(composed(*overrides), overrides).model == dataclasses.replace(shape, path=str(folder))
+    assert load_config(composed(*overrides), overrides).model == dataclasses.replace(
+        shape, path=str(folder), changed=[]
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,6 +275,84 @@ def test_the_hash_is_that_of_the_path(tmp_path: Path) -> None:
     assert len({config_hash(Config()), *map(config_hash, loaded)}) == 3
     loaded[0].model.dtype = Dtype.float16
     assert config_hash(loaded[0]) != config_hash(asked[0])
+
+
+WINDOWED = {"sliding_window": 64}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "typed", "mask", "local", "softcap", "changed"),
+    [
+        ("Mistral", [], MaskConfig("sliding_window", 64), LocalConfig(), 0.0, []),
+        (
+            "Mistral", ["model.mask.size=16"], MaskConfig("sliding_window", 16), LocalConfig(), 0.0, ["mask.size"],
+        ),
+        ("Mistral", ["model.mask.name=causal"], MaskConfig(), LocalConfig(), 0.0, ["mask.name", "mask.size"]),
+        ("Mistral", ["model.mask={name:causal}"], MaskConfig(), LocalConfig(), 0.0, ["mask.name", "mask.size"]),
+        (
+            "Mistral", ["model.mask.name=chunked", "model.mask.size=32"], MaskConfig("chunked", 32), LocalConfig(), 0.0,
+            ["mask.name", "mask.size"],
+        ),
+        (
+            "Gemma2", ["model.softcap=0"], MaskConfig(),
+            LocalConfig([True, False], MaskConfig("sliding_window", 64)), 0.0, ["softcap"],
+        ),
+        (
+            "Gemma2", ["model.local.mask.size=8"], MaskConfig(),
+            LocalConfig([True, False], MaskConfig("sliding_window", 8)), 50.0, ["local.mask.size"],
+        ),
+        (
+            "Gemma2", ["model.local.pattern=[]", "model.local.mask.size=1024"], MaskConfig(), LocalConfig(), 50.0,
+            ["local.pattern", "local.mask.size"],
+        ),
+        (
+            "Llama", ["model.local.pattern=[true,false]", "model.local.mask.size=8"], MaskConfig(),
+            LocalConfig([True, False], MaskConfig("sliding_window", 8)), 0.0, ["local.pattern", "local.mask.size"],
+        ),
+    ],
+)  # fmt: skip
+def test_attention_can_be_changed_beside_the_folder(
+    architecture: str, typed: list[str], mask: MaskConfig, local: LocalConfig, softcap: float, changed: list[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    overrides = [f"model.path={folder_of(tmp_path, architecture, **WINDOWED)}", *typed]
+    model = load_config(composed(*overrides), overrides).model
+    assert (model.mask, model.local, model.softcap) == (mask, local, softcap)
+    assert model.changed == changed
+    assert (model.num_layers, model.vocab_size) == (3, 300)
+
+
+def test_what_was_changed_is_checked_and_hashed(tmp_path: Path) -> None:
+    path = f"model.path={folder_of(tmp_path, 'Gemma2', **WINDOWED)}"
+    with pytest.raises(ConfigError, match="model.mask: .*size"):
+        load_config(composed(path, "model.mask.size=4"), [path, "model.mask.size=4"])
+    cells = [
+        [], ["model.softcap=0"], ["model.softcap=30"], ["model.local.mask.size=8"], ["model.local.pattern=[true]"],
+        ["model.mask.name=causal"], ["model.mask.name=chunked", "model.mask.size=8"],
+    ]  # fmt: skip
+    hashes = []
+    for cell in cells:
+        typed = [path, *cell]
+        loaded = load_config(composed(*typed), typed)
+        forms = [loaded, to_plain(loaded), composed(*typed, hydra=True)]
+        assert len({config_hash(form) for form in forms} | {config_hash(composed(*typed), typed)}) == 1, cell
+        hashes.append(config_hash(loaded))
+    assert len(set(hashes)) == len(cells)
+
+
+def test_a_loaded_config_loads_again(tmp_path: Path) -> None:
+    """As from the config.yaml beside a row."""
+    typed = [f"model.path={folder_of(tmp_path, 'Gemma2', **WINDOWED)}", "model.softcap=0"]
+    loaded = load_config(composed(*typed), typed)
+    again = composed()
+    again.model = loaded.model
+    assert load_config(again).model == loaded.model
+    assert config_hash(again) == config_hash(loaded)
+
+
+def test_changed_is_not_for_users() -> None:
+    with pytest.raises(ConfigError, match=r"model.changed=\['softcap'\]: is filled in"):
+        load_config(composed("model.changed=[softcap]"))
 
 
 def test_the_supported_architectures() -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fa_research.config.ablation import ABLATIONS, given, leaves, take_over, was_typed
 from fa_research.config.hf_config import model_fields
 from fa_research.config.schemas import ModelConfig
 from fa_research.errors import ConfigError
 
 PACKAGE = "pkg://"
-USERS_OWN = frozenset({"name", "path", "dtype"})  # keys of `model` that a folder does not decide
+USERS_OWN = frozenset({"name", "path", "dtype", "changed"})  # keys of `model` that a folder does not decide
 
 
 def checkpoint_folder(path: str) -> Path:
@@ -33,7 +34,8 @@ def checkpoint_folder(path: str) -> Path:
 
 
 def take_from_folder(model: ModelConfig, overrides: Iterable[str] = ()) -> ModelConfig:
-    """`model` with everything but `USERS_OWN` from the folder `model.path`; a default name becomes the folder's.
+    """`model` with everything from the folder `model.path` but `USERS_OWN` and what was given of `ABLATIONS`, which
+    `changed` then names; a default name becomes the folder's.
 
     Raises:
         ConfigError: no such folder or config.json; what it asks for is not supported; or a key that it decides was set
@@ -44,11 +46,15 @@ def take_from_folder(model: ModelConfig, overrides: Iterable[str] = ()) -> Model
     fields = model_fields(read_config_json(folder), f"model.path={model.path}")
     name = folder.resolve().name if model.name == ModelConfig().name else model.name
     found = ModelConfig(name=name, path=model.path, dtype=model.dtype, **fields)
+    overrides = tuple(overrides)
     if refused := _set_besides(model, found, overrides):
         raise ConfigError(
             f"with model.path={model.path} its config.json decides {', '.join(refused)}; leave "
-            f"{'it' if len(refused) == 1 else 'them'} out (model.dtype and model.name can be set)"
+            f"{'it' if len(refused) == 1 else 'them'} out (model.dtype, model.name, model.mask, model.local and "
+            "model.softcap can be set)"
         )
+    found.changed = given(dataclasses.asdict(model), overrides) if model.changed is None else model.changed
+    take_over(found, model, found.changed)
     return found
 
 
@@ -75,21 +81,13 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 def _set_besides(model: ModelConfig, found: ModelConfig, overrides: Iterable[str]) -> list[str]:
     """Keys that were set to other than the folder says, each with what it says."""
-    asked, default, decided = (dict(_leaves(dataclasses.asdict(m))) for m in (model, ModelConfig(), found))
-    typed = {override.lstrip("+").partition("=")[0] for override in overrides}
+    asked, default, decided = (dict(leaves(dataclasses.asdict(m))) for m in (model, ModelConfig(), found))
     keys = [
         key
         for key, value in asked.items()
         if key not in USERS_OWN
+        and key not in ABLATIONS
         and value != decided[key]
-        and (value != default[key] or {f"model.{key}", f"model.{key.split('.')[0]}"} & typed)
+        and (value != default[key] or was_typed(f"model.{key}", overrides))
     ]
     return [f"model.{key}={decided[key]} (given: {asked[key]})" for key in keys]
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from fa_research.config.ablation import given, leaves
 from fa_research.config.schemas import Config
 
 # Where and how results are kept does not change what is measured.
@@ -27,14 +28,24 @@ def to_plain(cfg: Config | DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return cast(dict[str, Any], plain)
 
 
-def config_hash(cfg: Config | DictConfig | Mapping[str, Any]) -> str:
+def config_hash(cfg: Config | DictConfig | Mapping[str, Any], overrides: Iterable[str] = ()) -> str:
     """Eight hex digits that depend on every value but those of `NOT_HASHED`, and not on the order of keys.
 
-    A checkpoint counts by its path as given, not by what is in the files.
+    A checkpoint counts by its path as given, not by what is in the files, and by the keys given beside it. Before its
+    folder was read, some of these only show in what was typed: `overrides`, or those in the `hydra` node of `cfg`.
     """
     measured = {key: value for key, value in to_plain(cfg).items() if key not in NOT_HASHED}
     model = measured.get("model")
     if isinstance(model, dict) and model.get("path") is not None:
-        measured["model"] = {key: value for key, value in model.items() if key in HASHED_WITH_PATH}
+        counted = {key: value for key, value in model.items() if key in HASHED_WITH_PATH}
+        changed = model.get("changed")
+        changed = given(model, overrides or _typed(cfg)) if changed is None else changed
+        values = dict(leaves(model))
+        measured["model"] = counted | {key: values[key] for key in changed if key in values}
     text = json.dumps(measured, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _typed(cfg: Config | DictConfig | Mapping[str, Any]) -> list[str]:
+    typed = OmegaConf.select(cfg, "hydra.overrides.task") if isinstance(cfg, DictConfig) else None
+    return list(typed or [])

@@ -155,6 +155,7 @@ class ModelConfig:
     softcap: float = 0.0  # of the scores; 0: none
     sink: bool = False
     moe: MoEConfig = field(default_factory=MoEConfig)
+    changed: list[str] | None = None  # filled in with a path: keys whose values are not the folder's
 
 
 @dataclass(slots=True)

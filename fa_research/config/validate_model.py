@@ -16,6 +16,8 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
     """Each names its key, what was given and what would work."""
     if model.architecture not in FAMILIES:
         yield f"model.architecture={model.architecture}: choose one of {', '.join(FAMILIES)}"
+    if model.changed is not None and model.path is None:
+        yield f"model.changed={model.changed}: is filled in where model.path is read; leave it out"
     for name in _SIZES.split():
         yield from at_least(f"model.{name}", getattr(model, name), 1)
     if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:

@@ -1,0 +1,56 @@
+"""Keys of attention that may be given beside `model.path`: they need no other weights, so a trained model can be
+measured under another window. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fa_research.config.schemas import ModelConfig
+
+ABLATIONS = (
+    "mask.name", "mask.size", "local.pattern", "local.mask.name", "local.mask.size", "local.rope_theta", "softcap",
+)  # fmt: skip
+# A size belongs to its mask: who names a mask means the size given with it, or none.
+_WITH = {"mask.name": "mask.size", "local.mask.name": "local.mask.size"}
+
+
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values; a list is a value."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def was_typed(key: str, overrides: Iterable[str]) -> bool:
+    """Whether the overrides give this key, or a group that it is in."""
+    typed = {override.lstrip("+").partition("=")[0] for override in overrides}
+    parts = key.split(".")
+    return any(".".join(parts[:n]) in typed for n in range(2, len(parts) + 1))
+
+
+def given(model: Mapping[str, Any], overrides: Iterable[str] = ()) -> list[str]:
+    """Those of `ABLATIONS` that `model`, as plain data and not yet read from its folder, sets: to other than the
+    default, or among the overrides."""
+    asked, default = dict(leaves(model)), dict(leaves(dataclasses.asdict(ModelConfig())))
+    typed = tuple(overrides)
+    keys = [
+        key
+        for key in ABLATIONS
+        if key in asked and (asked[key] != default[key] or was_typed(f"model.{key}", typed))
+    ]
+    return [key for key in ABLATIONS if key in {*keys, *(_WITH[key] for key in keys if key in _WITH)}]
+
+
+def take_over(found: ModelConfig, model: ModelConfig, keys: Iterable[str]) -> None:
+    """Set these keys of `found` to what `model` has."""
+    for key in keys:
+        *groups, name = key.split(".")
+        source: Any = model
+        target: Any = found
+        for group in groups:
+            source, target = getattr(source, group), getattr(target, group)
+        setattr(target, name, getattr(source, name))
