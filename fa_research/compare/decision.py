@@ -1,4 +1,4 @@
-"""The decision map: two keys as axes, one map for each combination of the rest, in each place who wins."""
+"""The decision map: one key along, every combination of the others down, in each place who wins."""
 
 from __future__ import annotations
 
@@ -7,57 +7,64 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fa_research.compare.cells import Cell
-from fa_research.compare.keys import order_of, title_of
+from fa_research.compare.keys import order_of
 from fa_research.compare.verdicts import Verdict
 
-# The key along which a serving system changes first is the x-axis, where it varies; then the next.
+# What a serving system sees change first is drawn along, where it varies.
 _FIRST = ("context_len", "length", "new_len", "prompt_len", "prefix_len")
 _SECOND = ("batch_size", "requests", "extend_requests", "decode_requests")
+Places = dict[Any, int]  # a value of the key along: a cell's number
 
 
 @dataclass
 class DecisionMap:
-    """Verdicts by (y, x); `where` are the other keys' values. y is None where only one key varies."""
+    """Which cell stands where.
+
+    Attributes:
+        x: the key along.
+        keys: the keys down, the one that is read first in front.
+        rows: values of `keys`, and the cells of the row.
+    """
 
     x: str
-    y: str | None
-    where: dict[str, Any]
-    places: dict[tuple[Any, Any], list[tuple[Cell, Verdict]]] = field(default_factory=dict)
+    keys: list[str]
+    rows: list[tuple[dict[str, Any], Places]] = field(default_factory=list)
 
     @property
     def xs(self) -> list[Any]:
-        return sorted({x for _, x in self.places}, key=order_of)
-
-    @property
-    def ys(self) -> list[Any]:
-        return sorted({y for y, _ in self.places}, key=order_of)
-
-    @property
-    def title(self) -> str:
-        return title_of(self.where)
+        return sorted({x for _, places in self.rows for x in places}, key=order_of)
 
 
-def axes(cells: Sequence[Cell]) -> tuple[str | None, str | None]:
-    """The keys to draw along x and y: context before batch size before what has the most values."""
-    values = {key: {repr(cell.where[key]) for cell in cells} for key in (cells[0].where if cells else ())}
+def axes(cells: Sequence[Cell]) -> list[str]:
+    """The keys that vary between cells, the most telling first: context, batch size, then those with many values."""
+    keys = list(cells[0].where) if cells else []
+    values = {key: len({repr(cell.where[key]) for cell in cells}) for key in keys}
 
     def rank(key: str) -> tuple[int, int]:
         last = key.rpartition(".")[2]
-        return (0 if last in _FIRST else 1 if last in _SECOND else 2, -len(values[key]))
+        return (0 if last in _FIRST else 1 if last in _SECOND else 2, -values[key])
 
-    order = [*sorted(values, key=rank), None, None]
-    return order[0], order[1]
+    return sorted(keys, key=rank)
 
 
-def decision_maps(cells: Sequence[Cell], verdicts: Sequence[Verdict]) -> list[DecisionMap]:
-    """Every map there is to draw, in the order of the cells; [] where nothing varies between cells."""
-    x, y = axes(cells)
-    if x is None:
-        return []
-    maps: dict[str, DecisionMap] = {}
-    for cell, verdict in zip(cells, verdicts, strict=True):
-        where = {key: value for key, value in cell.where.items() if key not in (x, y)}
-        found = maps.setdefault(repr(where), DecisionMap(x, y, where))
-        place = (cell.where[y] if y else None, cell.where[x])
-        found.places.setdefault(place, []).append((cell, verdict))
-    return list(maps.values())
+def decision_map(cells: Sequence[Cell]) -> DecisionMap | None:
+    """The map of these cells; None where nothing varies between them."""
+    order = axes(cells)
+    if not order:
+        return None
+    x, *keys = order
+    drawn = DecisionMap(x, keys)
+    rows: dict[str, Places] = {}
+    for number, cell in enumerate(cells):
+        where = {key: cell.where[key] for key in keys}
+        if repr(where) not in rows:
+            rows[repr(where)] = {}
+            drawn.rows.append((where, rows[repr(where)]))
+        rows[repr(where)][cell.where[x]] = number
+    drawn.rows.sort(key=lambda row: [order_of(value) for value in row[0].values()])
+    return drawn
+
+
+def winner(verdict: Verdict) -> str:
+    """The answer that wins, `tie`, or `none`."""
+    return "tie" if verdict.is_tie else verdict.best[0] if verdict.best else "none"

@@ -15,6 +15,7 @@ from fa_research.errors import ConfigError
 from fa_research.measure.bootstrap import FEWEST_SAMPLES, Draws, interval, median_draws, normal_draws
 
 _HIGHER_IS_BETTER = ("_per_s", "_fraction", "_hit_rate")
+_RATE = "_tokens_per_s"
 _MAIN = ("decode_step_us", "extend_pass_us", "mixed_pass_us", "attention_us", "prefill_us")
 
 
@@ -56,8 +57,29 @@ class Ratio:
 
 def estimate(record: Record, metric: str) -> Estimate | None:
     """The record's number; None where it has none that is finite and positive."""
-    metrics = record.row.metrics
-    value = metrics.get(metric)
+    value = _positive(record, metric)
+    if value is None:
+        return None
+    time_us = metric.removesuffix(_RATE) + "_us" if metric.endswith(_RATE) else metric
+    if time_us != metric and (time := estimate(record, time_us)) and time.draws is not None:
+        scale = value * time.value  # a rate is this over a time
+        p10, p90 = (None if other is None else scale / other for other in (time.p90, time.p10))
+        return Estimate(value, time.how, scale / time.draws, p10, p90)
+    seed = zlib.crc32(f"{record.hash} {record.row.started} {metric}".encode())
+    if len(samples := record.samples(metric)) >= FEWEST_SAMPLES:
+        deciles = quantiles(samples, n=10, method="inclusive")
+        return Estimate(value, How.bootstrap, median_draws(samples, seed=seed), deciles[0], deciles[-1])
+    stem = metric.removesuffix("_us")
+    low, high, count = (_positive(record, f"{stem}_{name}") for name in ("p10_us", "p90_us", "count"))
+    if low is not None and high is not None:
+        return Estimate(
+            value, How.rough, normal_draws(value, low, high, int(count or 1), seed=seed), low, high
+        )
+    return Estimate(value, How.none)
+
+
+def _positive(record: Record, metric: str) -> float | None:
+    value = record.row.metrics.get(metric)
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
@@ -65,16 +87,7 @@ def estimate(record: Record, metric: str) -> Estimate | None:
         or value <= 0
     ):
         return None
-    seed = zlib.crc32(f"{record.hash} {record.row.started} {metric}".encode())
-    stem = metric.removesuffix("_us")
-    p10, p90 = metrics.get(f"{stem}_p10_us"), metrics.get(f"{stem}_p90_us")
-    if len(samples := record.samples(metric)) >= FEWEST_SAMPLES:
-        deciles = quantiles(samples, n=10, method="inclusive")
-        return Estimate(value, How.bootstrap, median_draws(samples, seed=seed), deciles[0], deciles[-1])
-    if isinstance(p10, int | float) and isinstance(p90, int | float):
-        count = int(metrics.get(f"{stem}_count") or 1)
-        return Estimate(value, How.rough, normal_draws(value, p10, p90, count, seed=seed), p10, p90)
-    return Estimate(value, How.none)
+    return value
 
 
 def ratio(above: Estimate, below: Estimate) -> Ratio:

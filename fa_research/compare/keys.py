@@ -55,7 +55,7 @@ def ask(text: str, records: Sequence[Record]) -> Question:
     """
     name = resolve(text, records)
     answers = {id(r): values for r in records if (values := _values(r, name))}
-    labels = _labels(name, list(answers.values()))
+    labels = _labels(name, list({repr(values): values for values in answers.values()}.values()))
     by_record = {key: labels[repr(values)] for key, values in answers.items()}
     order = {
         labels[repr(values)]: [order_of(value) for value in values.values()] for values in answers.values()

@@ -1,4 +1,4 @@
-"""All files of a comparison."""
+"""All files of a comparison: what needs no figures first, so that it is there whatever becomes of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,34 @@ from fa_research.compare.files import write_csv, write_markdown
 from fa_research.tracking import CONSOLE
 
 
-def write_report(comparison: Comparison, folder: Path) -> None:
-    """CSV and Markdown into `folder`, which is made where it is missing. Raises OSError."""
+def write_report(comparison: Comparison, folder: Path) -> list[Path]:
+    """CSV, Markdown, PNGs and report.html into `folder`, which is made where it is missing.
+
+    Raises OSError, and ConfigError where the extra `report` is not installed; CSV and Markdown are written by then.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = [*write_csv(comparison, folder), write_markdown(comparison, folder)]
-    CONSOLE.print(f"wrote {', '.join(path.name for path in written)} to {folder}", soft_wrap=True)
+    try:
+        written += _write_figures(comparison, folder)
+    finally:
+        CONSOLE.print(f"wrote {', '.join(path.name for path in written)} to {folder}", soft_wrap=True)
+    return written
+
+
+def _write_figures(comparison: Comparison, folder: Path) -> list[Path]:
+    from fa_research.compare.figures import draw
+    from fa_research.compare.figures.images import png, svg
+    from fa_research.compare.page import page
+
+    figures = draw(comparison)
+    written = []
+    for figure in figures:
+        path = folder / f"{figure.name}.png"
+        path.write_bytes(png(figure))
+        written.append(path)
+    write_markdown(comparison, folder, [(figure.title, f"{figure.name}.png") for figure in figures])
+    report = folder / "report.html"
+    report.write_text(
+        page(comparison, [(svg(figure), figure.caption) for figure in figures]), encoding="utf-8"
+    )
+    return [*written, report]

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from fa_research.compare.cells import Cell
 from fa_research.compare.comparison import Comparison
-from fa_research.compare.decision import DecisionMap, decision_maps
+from fa_research.compare.decision import decision_map
 from fa_research.compare.estimates import Ratio
 from fa_research.compare.keys import short, text_of
 from fa_research.compare.verdicts import Verdict
@@ -22,8 +22,6 @@ from fa_research.compare.wording import (
     summary,
 )
 from fa_research.tracking import CONSOLE
-
-_MOST_MAPS = 12
 
 
 def print_comparison(comparison: Comparison, *, regret: bool = False) -> None:
@@ -47,10 +45,10 @@ def print_comparison(comparison: Comparison, *, regret: bool = False) -> None:
         )
 
 
-def _table(*columns: str, numbers: bool = True) -> Table:
+def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+        table.add_column(column, justify="right", overflow="fold")
     return table
 
 
@@ -86,24 +84,26 @@ def _print_regret(comparison: Comparison) -> None:
     CONSOLE.print(table)
     CONSOLE.print(Text(regret_summary(comparison)))
     CONSOLE.print()
-    maps = decision_maps(comparison.cells, comparison.verdicts)
-    for drawn in maps[:_MOST_MAPS]:
-        _print_map(drawn, list(comparison.cells[0].where))
-    if len(maps) > _MOST_MAPS:
-        CONSOLE.print(Text(f"{len(maps) - _MOST_MAPS} more maps are in the report (--out)"))
+    _print_map(comparison)
 
 
-def _print_map(drawn: DecisionMap, keys: list[str]) -> None:
-    CONSOLE.print(Text(f"which wins{f' at {drawn.title}' if drawn.title else ''}", style="bold"))
-    corner = f"{short(drawn.y, keys)} \\ {short(drawn.x, keys)}" if drawn.y else short(drawn.x, keys)
-    table = _table(corner, *(text_of(x) for x in drawn.xs), numbers=False)
-    for y in drawn.ys:
-        places = [drawn.places.get((y, x), []) for x in drawn.xs]
-        table.add_row(text_of(y) if drawn.y else "", *(_winners(place) for place in places))
+def _print_map(comparison: Comparison) -> None:
+    drawn = decision_map(comparison.cells)
+    if drawn is None:
+        return
+    keys = [drawn.x, *drawn.keys]
+    CONSOLE.print(Text(f"which wins, along {short(drawn.x, keys)}", style="bold"))
+    table = _table(*(short(key, keys) for key in drawn.keys))
+    for x in drawn.xs:
+        table.add_column(text_of(x), overflow="fold")
+    for where, places in drawn.rows:
+        numbers = (places.get(x) for x in drawn.xs)
+        wins = [_wins(None if n is None else comparison.verdicts[n]) for n in numbers]
+        table.add_row(*(text_of(value) for value in where.values()), *wins)
     CONSOLE.print(table)
 
 
-def _winners(place: list[tuple[Cell, Verdict]]) -> Text:
-    texts = [" = ".join(verdict.best) or "none" for _, verdict in place]
-    tied = any(verdict.is_tie for _, verdict in place)
-    return Text(", ".join(texts) or "-", style="dim" if tied or not texts else "")
+def _wins(verdict: Verdict | None) -> Text:
+    if verdict is None or not verdict.best:
+        return Text("" if verdict is None else "none", style="dim")
+    return Text(" = ".join(verdict.best), style="dim" if verdict.is_tie else "")

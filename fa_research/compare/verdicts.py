@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,7 @@ def judge(cell: Cell, *, higher: bool, tie: float) -> Verdict:
     if not numbers:
         return Verdict((), {})
     order = sorted(numbers, key=lambda label: numbers[label].value, reverse=higher)
-    first = order[0]
+    first = _best(numbers, higher)
     costs = {label: _cost(numbers[label], numbers[first], higher) for label in order}
     costs[first] = Ratio(1.0, 1.0, 1.0)
     best = [first] + [label for label in order[1:] if not _is_beaten(costs[label], tie)]
@@ -52,6 +52,15 @@ def judge(cell: Cell, *, higher: bool, tie: float) -> Verdict:
 
 def _cost(number: Estimate, best: Estimate, higher: bool) -> Ratio:
     return ratio(best, number) if higher else ratio(number, best)
+
+
+def _best(numbers: Mapping[str, Estimate], higher: bool) -> str:
+    return (max if higher else min)(numbers, key=lambda label: numbers[label].value)
+
+
+def _against_best(cell: Cell, label: str, higher: bool) -> float:
+    best, mine = cell.measured[_best(cell.measured, higher)].value, cell.measured[label].value
+    return best / mine if higher else mine / best
 
 
 def _is_beaten(cost: Ratio, tie: float) -> bool:
@@ -78,15 +87,16 @@ class Regret:
 
 
 def regrets(cells: Sequence[Cell], labels: Sequence[str], *, higher: bool) -> tuple[list[Regret], int]:
-    """The regret of every answer over the cells that have a row for each answer, least first, and how many cells those
-    are. Answers that run in all of them come before those that do not."""
-    complete = [cell for cell in cells if set(labels) <= set(cell.entries) and cell.measured]
+    """The regret of every answer, least first, and of how many cells: those that have a row for each answer that has a
+    number anywhere. Answers that run in all of them come before those that do not."""
+    able = {label for cell in cells for label in cell.measured}
+    complete = [cell for cell in cells if able <= set(cell.entries) and cell.measured]
     found = []
     for label in labels:
         mine = [cell for cell in complete if label in cell.measured]
         if not mine:
             continue
-        costs = [judge(cell, higher=higher, tie=0.0).costs[label].value for cell in mine]
+        costs = [_against_best(cell, label, higher) for cell in mine]
         worst = int(np.argmax(costs))
         mean = Ratio(float(np.exp(np.mean(np.log(costs)))), *_mean_interval(mine, label, higher))
         found.append(Regret(label, len(mine), len(complete) - len(mine), mean, costs[worst], mine[worst]))
@@ -99,7 +109,7 @@ def _mean_interval(cells: Sequence[Cell], label: str, higher: bool) -> tuple[flo
     logs: list[Draws] = []
     for cell in cells:
         numbers = cell.measured
-        best = numbers[judge(cell, higher=higher, tie=0.0).best[0]].draws
+        best = numbers[_best(numbers, higher)].draws
         mine = numbers[label].draws
         if best is None or mine is None:
             return ()

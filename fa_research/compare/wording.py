@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fa_research.compare.cells import Cell
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.estimates import How, Ratio
+from fa_research.compare.reading import Record
 from fa_research.compare.verdicts import Regret, Verdict
 from fa_research.tracking.screen import format_value
 
 _UNITS = (("_tokens_per_s", "tokens/s"), ("_GB_per_s", "GB/s"), ("_TFLOP_per_s", "TFLOP/s"), ("_us", "us"))
+# Axes of figures, by the last part of a key.
+_AXES = {
+    "context_len": "context (tokens)",
+    "length": "length (tokens)",
+    "new_len": "new tokens per request",
+    "prefix_len": "cached prefix (tokens)",
+    "prompt_len": "prompt (tokens)",
+    "batch_size": "batch size (requests)",
+    "page_size": "page size (slots)",
+}
 
 
 def unit(metric: str) -> str:
@@ -19,8 +32,19 @@ def unit(metric: str) -> str:
 def quantity(metric: str) -> str:
     """A metric's name as words with its unit: decode step (us)."""
     ending = next((ending for ending, _ in _UNITS if f"_{metric}".endswith(ending)), "")
-    words = f"_{metric}".removesuffix(ending).strip("_").replace("_", " ")
-    return f"{words} ({unit(metric)})" if unit(metric) else words
+    name = f"_{metric}".removesuffix(ending).strip("_").replace("_", " ")
+    return f"{name} ({unit(metric)})" if unit(metric) else name
+
+
+def words(metric: str) -> str:
+    """A metric's name as words without its unit: decode step."""
+    return quantity(metric).partition(" (")[0]
+
+
+def axis_title(key: str) -> str:
+    """A key as the title of an axis, with its unit where it is known."""
+    last = key.removesuffix(".name").rpartition(".")[2]
+    return _AXES.get(last, last.replace("_", " "))
 
 
 def number(value: float) -> str:
@@ -100,6 +124,15 @@ def caveats(comparison: Comparison) -> list[str]:
     if none := how[How.none]:
         lines.append(f"{none} of {total} numbers kept no spread: their ratios have no interval")
     return lines
+
+
+def counted(records: Sequence[Record]) -> str:
+    """How many rows there are of each status."""
+    count: dict[str, int] = {}
+    for record in records:
+        count[str(record.row.status)] = count.get(str(record.row.status), 0) + 1
+    parts = [f"{n} {status}" for status, n in count.items()]
+    return f"{len(records)} rows" + (f" ({', '.join(parts)})" if list(count) != ["ok"] else "")
 
 
 def regret_summary(comparison: Comparison) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fa_research.compare import Comparison, compare
-from fa_research.compare.decision import decision_maps
+from fa_research.compare.decision import decision_map, winner
 from fa_research.compare.estimates import How
 from fa_research.tracking import ROWS_FILE, Status
 from tests.compare.results import config_of, noisy, row_of, sweep, write_rows
@@ -74,13 +74,36 @@ def test_more_is_better_where_the_metric_says_so(tmp_path: Path) -> None:
     assert found.verdicts[1].costs["torch"].value == pytest.approx(2.0)
 
 
+def test_the_regret_of_a_metric_where_more_is_better_has_its_interval_around_it(tmp_path: Path) -> None:
+    found, _ = compare([sweep(tmp_path, TIMES)], "backend", higher=True).regrets
+    costs = {regret.label: regret.mean for regret in found}
+    assert costs["fa3"].value == pytest.approx((1.2 * 400 / 220) ** 0.5)
+    for mean in costs.values():
+        assert mean.low is not None
+        assert mean.high is not None
+        assert mean.low < mean.value < mean.high
+
+
+def test_a_rate_is_as_sure_as_the_time_it_is_of(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, TIMES)
+    times, rates = (
+        compare([folder], "backend"),
+        compare([folder], "backend", metric="decode_step_tokens_per_s"),
+    )
+    assert rates.how == times.how
+    for slow, fast in zip(times.verdicts, rates.verdicts, strict=True):
+        assert fast.best == slow.best
+        assert fast.costs["triton"].low == pytest.approx(slow.costs["triton"].low)
+
+
 def test_without_samples_percentiles_make_a_rough_interval_and_nothing_makes_none(tmp_path: Path) -> None:
     rows = [row_of(config_of("fa3"), noisy(1.0)), row_of(config_of("triton"), noisy(1.5))]
     path = write_rows(tmp_path / ROWS_FILE, *rows)
     rough = compare([path], "backend")
     assert rough.how[How.rough] == 2
     assert rough.verdicts[0].costs["triton"].low == pytest.approx(1.5, rel=0.02)
-    bare = compare([path], "backend", metric="decode_step_tokens_per_s")
+    rows = [row_of(config_of("fa3"), decode_step_us=1.0), row_of(config_of("triton"), decode_step_us=1.5)]
+    bare = compare([write_rows(tmp_path / "bare" / ROWS_FILE, *rows)], "backend")
     assert bare.how[How.none] == 2
     assert bare.verdicts[0].costs["triton"].low is None
 
@@ -125,19 +148,18 @@ def test_the_decision_map_has_context_along_and_batch_down(tmp_path: Path) -> No
                 page=page,
             )
     found = compare([tmp_path], "backend")
-    maps = decision_maps(found.cells, found.verdicts)
-    assert [(m.x, m.y, m.where) for m in maps] == [
-        ("workload.context_len", "workload.batch_size", {"kv.page_size": page}) for page in (1, 16)
-    ]
-    for drawn in maps:
-        assert (drawn.xs, drawn.ys) == ([1024, 4096], [1, 8])
-        winners = {place: [v.best for _, v in found] for place, found in drawn.places.items()}
-        assert winners == {
-            (1, 1024): [("fa3",)],
-            (1, 4096): [("triton",)],
-            (8, 1024): [("fa3",)],
-            (8, 4096): [("triton",)],
+    drawn = decision_map(found.cells)
+    assert drawn is not None
+    assert (drawn.x, drawn.keys) == ("workload.context_len", ["workload.batch_size", "kv.page_size"])
+    assert drawn.xs == [1024, 4096]
+    assert [tuple(where.values()) for where, _ in drawn.rows] == [(1, 1), (1, 16), (8, 1), (8, 16)]
+    for where, places in drawn.rows:
+        assert {x: winner(found.verdicts[number]) for x, number in places.items()} == {
+            1024: "fa3",
+            4096: "triton",
         }
+        for x, number in places.items():
+            assert found.cells[number].where == {**where, "workload.context_len": x}
 
 
 def test_the_same_rows_give_the_same_intervals_wherever_they_lie(tmp_path: Path) -> None:

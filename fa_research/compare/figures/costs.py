@@ -1,0 +1,75 @@
+"""How far answers are from the best: in each cell, and one for all cells."""
+
+from __future__ import annotations
+
+from fa_research.compare.comparison import Comparison
+from fa_research.compare.figures.base import MOST_CELLS, Figure, cost_axis, cost_point, encodings, linked
+from fa_research.compare.figures.theme import FG, MUTED
+from fa_research.compare.wording import excess
+
+
+def cost_figure(comparison: Comparison) -> Figure | None:
+    """Every answer's cost against the best of its cell, with its interval."""
+    import altair as alt
+
+    cells = list(zip(comparison.cells, comparison.verdicts, strict=True))[:MOST_CELLS]
+    points = []
+    for place, (cell, verdict) in enumerate(cells):
+        for label, cost in verdict.costs.items():
+            point = linked(comparison, cell, cell.entries[label])
+            point["description"] += f", {excess(cost)} from the best"
+            title = cell.title or "all"
+            points.append(
+                point | {"cell": title, "place": place, **cost_point(cost.value, cost.low, cost.high)}
+            )
+    ends = [p[end] for p in points for end in ("x", "low", "high") if p[end] is not None]
+    along = cost_axis(min(ends), max(ends))
+    down = alt.Y("cell:N").sort(None).title(None).axis(labelLimit=420, grid=True)
+    color, shape = encodings(comparison)
+    base = alt.Chart(alt.Data(values=points)).encode(y=down, color=color)
+    rules = base.mark_rule(strokeWidth=2, opacity=0.8).encode(x=alt.X("low:Q"), x2="high:Q")
+    dots = base.mark_point(filled=True, size=60, opacity=1).encode(
+        x=along, shape=shape, href="href:N", description="description:N"
+    )
+    chart = alt.layer(rules, dots).properties(width=520, height=alt.Step(19 if len(cells) > 8 else 26))
+    shown = (
+        f" The first {len(cells)} of {len(comparison.cells)} cells."
+        if len(cells) < len(comparison.cells)
+        else ""
+    )
+    caption = f"The best median of each cell stands at 0. Bars are 95 % intervals of the ratio.{shown}"
+    return Figure("cost", "How far each is from the best of its cell", caption, chart)
+
+
+def regret_figure(comparison: Comparison) -> Figure | None:
+    """For each answer: its cost in every cell, and the geometric mean."""
+    import altair as alt
+
+    found, count = comparison.regrets
+    if count < 2:
+        return None
+    points = []
+    for cell, verdict in zip(comparison.cells, comparison.verdicts, strict=True):
+        if {regret.label for regret in found} <= set(cell.entries):
+            for label, cost in verdict.costs.items():
+                points.append(
+                    linked(comparison, cell, cell.entries[label]) | cost_point(cost.value, None, None)
+                )
+    means = [
+        {"label": r.label, "text": f"mean {excess(r.mean).partition(' [')[0]}"}
+        | cost_point(r.mean.value, r.mean.low, r.mean.high)
+        for r in found
+    ]
+    order = [r.label for r in found]
+    down = alt.Y("label:N").sort(order).title(comparison.question.title)
+    color, _ = encodings(comparison)
+    color = color.legend(None)
+    ticks = alt.Chart(alt.Data(values=points)).mark_tick(thickness=2, size=20, opacity=0.75)
+    along = cost_axis(0.0, max(p["x"] for p in points))
+    ticks = ticks.encode(x=along, y=down, color=color, href="href:N", description="description:N")
+    base = alt.Chart(alt.Data(values=means)).encode(x=along, y=down)
+    dots = base.mark_point(filled=True, size=110, shape="diamond", color=FG, opacity=1)
+    text = base.mark_text(color=MUTED, align="left", dx=9, dy=-18, fontSize=11).encode(text="text:N")
+    chart = alt.layer(ticks, dots, text).properties(width=520, height=alt.Step(52))
+    caption = f"What one choice everywhere costs: a tick for each of {count} cells, a diamond for their geometric mean."
+    return Figure("regret", "Regret of a single choice", caption, chart)

@@ -1,0 +1,79 @@
+"""The decision map as a figure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fa_research.compare.comparison import Comparison
+from fa_research.compare.decision import decision_map, winner
+from fa_research.compare.figures.base import MOST_CELLS, Figure, Point
+from fa_research.compare.figures.theme import FG, TIE, palette
+from fa_research.compare.keys import text_of, title_of
+from fa_research.compare.wording import axis_title, excess, outcome
+
+
+def decision_figure(comparison: Comparison) -> Figure | None:
+    """Who wins where, by how much."""
+    import altair as alt
+
+    drawn = decision_map(comparison.cells)
+    if drawn is None:
+        return None
+    rows = drawn.rows[:MOST_CELLS]
+    points = [
+        _place(comparison, number) | {"x": text_of(x), "y": _row_name(where)}
+        for where, places in rows
+        for x, number in places.items()
+    ]
+    look = palette(comparison.labels)
+    names = [label for label in [*look, "tie", "none"] if any(p["label"] == label for p in points)]
+    colors = [look[label][0] if label in look else TIE for label in names]
+    gap = alt.Scale(paddingInner=0.06, paddingOuter=0.03)
+    down = axis_title(drawn.keys[0]) if len(drawn.keys) == 1 else None
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("x:O")
+        .sort([text_of(x) for x in drawn.xs])
+        .title(axis_title(drawn.x))
+        .scale(gap)
+        .axis(labelAngle=0),
+        y=alt.Y("y:O")
+        .sort([_row_name(where) for where, _ in rows])
+        .title(down)
+        .scale(gap)
+        .axis(labelLimit=420),
+    )
+    boxes = base.mark_rect(opacity=0.42, cornerRadius=3).encode(
+        color=alt.Color("label:N").scale(domain=names, range=colors).title("wins"),
+        href="href:N",
+        description="description:N",
+    )
+    who = base.mark_text(color=FG, dy=alt.expr("datum.by ? -6 : 0"), fontSize=12, fontWeight=600)
+    much = base.mark_text(color=FG, dy=9, fontSize=10.5).encode(text="by:N")
+    width = max(84, 14 + 7 * max(max(len(p["label"]), len(p["by"])) for p in points))
+    chart = alt.layer(boxes, who.encode(text="label:N"), much).properties(
+        width=alt.Step(width), height=alt.Step(42 if len(rows) <= 12 else 34)
+    )
+    shown = f" The first {len(rows)} of {len(drawn.rows)} rows." if len(rows) < len(drawn.rows) else ""
+    caption = (
+        "The best choice where it is surely better, and by how much the next is behind. Differences below "
+        f"{comparison.tie * 100:g} % or not sure are ties.{shown}"
+    )
+    return Figure("decision", f"Which {comparison.question.title} wins where", caption, chart)
+
+
+def _row_name(where: dict[str, Any]) -> str:
+    return text_of(next(iter(where.values()))) if len(where) == 1 else title_of(where)
+
+
+def _place(comparison: Comparison, number: int) -> Point:
+    """What is written into a place of the decision map."""
+    cell, verdict = comparison.cells[number], comparison.verdicts[number]
+    second = verdict.runner_up
+    by = ""
+    if verdict.is_tie and len(verdict.best) < len(verdict.costs):
+        by = " = ".join(verdict.best)
+        by = by if len(by) <= 16 else f"of {len(verdict.best)}"
+    elif second and not verdict.is_tie:
+        by = f"by {excess(verdict.costs[second]).partition(' [')[0]}"
+    said = f"{cell.title}: {outcome(comparison, cell, verdict)}"
+    return {"label": winner(verdict), "by": by, "href": f"#cell-{number}", "description": said}
