@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fa_research.config import ModelConfig, load_config
 from fa_research.config.store import CONFIG_DIR, register
+from fa_research.kernels.common import is_hopper
 from fa_research.kernels.moe import choose_tiles
 from fa_research.measure.numerics import Verdict, judge_rows
 from fa_research.measure.roofline import measure_roof
@@ -134,7 +135,10 @@ def run_cell(model: str, layers: list[MoE], tokens: int, writer: RowWriter) -> N
     flops = 2 * tokens * config.moe.experts_per_token * layers[0].gate_up[0].numel() * 1.5
     floor_us = max(read / roof.bytes_per_s, flops / roof.flops_per_s) * 1e6
     pairs, count = tokens * config.moe.experts_per_token, config.moe.num_experts
-    tiles = [asdict(choose_tiles(pairs, count, gated, DTYPE.itemsize)) for gated in (True, False)]
+    tiles = [
+        asdict(choose_tiles(pairs, count, gated, DTYPE.itemsize, is_hopper(DEVICE)))
+        for gated in (True, False)
+    ]
     line = (
         f"{model:14s} {tokens:5d} tokens {hit:6.1f} experts {read / 1e6:7.1f} MB, floor {floor_us:7.1f} us "
     )

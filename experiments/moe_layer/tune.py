@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fa_research.config import ModelConfig
 from fa_research.kernels import moe as kernels
+from fa_research.kernels.common import is_hopper
 from fa_research.kernels.moe import Tiles, choose_tiles
 from fa_research.models.moe import MoE
 
@@ -93,7 +94,9 @@ def tune(model: str) -> None:
     for tokens in BATCHES:
         x_TE = torch.randn(tokens, config.hidden_size, dtype=DTYPE, device=DEVICE)
         pairs, count = tokens * config.moe.experts_per_token, config.moe.num_experts
-        now = [choose_tiles(pairs, count, gated, DTYPE.itemsize) for gated in (True, False)]
+        now = [
+            choose_tiles(pairs, count, gated, DTYPE.itemsize, is_hopper(DEVICE)) for gated in (True, False)
+        ]
         paths: Paths = {"now": partial(run_tiles, layers, x_TE, (now[0], now[1]))}
         for tiles in candidates(average(config, tokens)):
             for which, pair in (("first", (tiles, now[1])), ("second", (now[0], tiles))):

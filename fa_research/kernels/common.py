@@ -36,6 +36,14 @@ def overlaps_launches(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether tiles may be those of Hopper: 227 KiB of shared memory for a program, and wgmma."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 @triton.jit
 def first_allowed(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     """First key that a query at `position` may see (the last one is the query's own affair: causal or

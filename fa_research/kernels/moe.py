@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fa_research.kernels.activation import activate
-from fa_research.kernels.common import overlaps_launches
+from fa_research.kernels.common import is_hopper, overlaps_launches
 from fa_research.kernels.moe_routing import combine, route
 
 GROUP = tl.constexpr(8)
@@ -44,16 +44,22 @@ class Tiles:
     swap: bool = False
 
 
-def choose_tiles(num_pairs: int, num_experts: int, gated: bool, itemsize: int) -> Tiles:
-    """For the tokens that an expert has on average. Block sizes are elements of 2 bytes; wider ones get fewer."""
+def choose_tiles(num_pairs: int, num_experts: int, gated: bool, itemsize: int, hopper: bool) -> Tiles:
+    """For the tokens that an expert has on average. Block sizes are elements of 2 bytes; wider ones get fewer.
+
+    `hopper`: tiles tuned on an H200, which other GPUs have not the shared memory for (up to 192 KiB). Those without
+    need no more than 96 KiB where there is no wgmma."""
     average = num_pairs / num_experts
     block_k = 128 // itemsize
+    large = hopper and itemsize == 2  # float32 would spill registers
     if average <= 8:
-        return Tiles(16, 64, block_k, 4, 4)
+        return Tiles(16, 64, 2 * block_k if gated and large else block_k, 4, 4)
     if average <= 24:
         return Tiles(32, 64, block_k, 4, 4)
     if average <= 96:
         return Tiles(64, 64 if gated else 128, block_k, 4, 4)
+    if large:
+        return Tiles(128, 128, block_k, 8, 4) if gated else Tiles(128, 256, block_k, 8, 3)
     return Tiles(128, 64 if gated else 128, block_k, 8, 4)
 
 
@@ -180,8 +186,8 @@ def moe(
     assert all(x.is_contiguous() for x in (x_TE, logits_TN, gate_up, down))
     assert activation in ("silu", "gelu_tanh", "swiglu_clamped"), activation
     num_pairs, device = num_tokens * experts_per_token, x_TE.device
-    size = x_TE.element_size()
-    first, second = tiles or (choose_tiles(num_pairs, num_experts, gated, size) for gated in (True, False))
+    given = (x_TE.element_size(), is_hopper(device))
+    first, second = tiles or (choose_tiles(num_pairs, num_experts, gated, *given) for gated in (True, False))
     overlap = overlaps_launches(device)
     weights_TJ, counts_N, pairs_NT = route(logits_TN, experts_per_token, renormalise)
     inner_PF = torch.empty((num_pairs, inner), dtype=x_TE.dtype, device=device)

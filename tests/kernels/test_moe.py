@@ -153,8 +153,9 @@ def test_no_routing_needs_more_blocks_than_the_grid_has() -> None:
     assert max_blocks(8, 128, 16) == 8  # eight experts with a token each
 
 
-def test_more_tokens_an_expert_take_larger_blocks() -> None:
-    sizes = [choose_tiles(tokens * 8, 128, True, 2).block_m for tokens in (1, 64, 256, 1024, 4096)]
+@pytest.mark.parametrize("hopper", [False, True])
+def test_more_tokens_an_expert_take_larger_blocks(hopper: bool) -> None:
+    sizes = [choose_tiles(tokens * 8, 128, True, 2, hopper).block_m for tokens in (1, 64, 256, 1024, 4096)]
     assert sizes == sorted(sizes)
     assert sizes[0] == 16 and sizes[-1] == 128
 
@@ -227,7 +228,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fa_research.kernels import moe, moe_routing
 
-def compiled(kernel, constants, dtype="bf16", warps=4, stages=3, **kinds):
+def compiled(kernel, constants, dtype="bf16", warps=4, stages=3, arch=90, **kinds):
     names = kernel.arg_names
     types = {name: "*" + dtype if name.endswith("_ptr") else "i32" for name in names} | kinds
     signature = types | dict.fromkeys(constants, "constexpr")
@@ -235,16 +236,19 @@ def compiled(kernel, constants, dtype="bf16", warps=4, stages=3, **kinds):
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {"num_warps": warps, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    most = {89: 99, 90: 227}[arch]  # KiB of shared memory that a program may have
+    assert done.metadata.shared <= most << 10, (arch, constants, done.metadata.shared)
+    return done.asm["ptx"]
 
-def experts(tokens, count, chosen, hidden, inner, gated, dtype="bf16", swap=None, **more):
-    cut = moe.choose_tiles(tokens * chosen, count, gated, 4 if dtype == "fp32" else 2)
+def experts(tokens, count, chosen, hidden, inner, gated, dtype="bf16", swap=None, arch=90, **more):
+    cut = moe.choose_tiles(tokens * chosen, count, gated, 4 if dtype == "fp32" else 2, arch == 90)
     k, width = (hidden, inner) if gated else (inner, hidden)
     shape = {"N": count, "BLOCK_E": triton.next_power_of_2(count), "PAIRS_PER_ROW": chosen if gated else 1, "K": k,
              "WIDTH": width, "GATED": gated, "ACTIVATION": "silu", "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n,
-             "BLOCK_K": cut.block_k, "SWAP": cut.swap if swap is None else swap, "OVERLAP": True} | more
+             "BLOCK_K": cut.block_k, "SWAP": cut.swap if swap is None else swap, "OVERLAP": arch == 90} | more
     ints = {"counts_ptr": "*i32", "pairs_ptr": "*i32"}
-    return compiled(moe._experts_kernel, shape, dtype, cut.num_warps, cut.num_stages, **ints)
+    return compiled(moe._experts_kernel, shape, dtype, cut.num_warps, cut.num_stages, arch, **ints)
 
 def copies(ptx):
     return set(re.findall(r"cp\.async\.c\w\.shared\.global.*?, (0x\w+)[,;]", ptx.replace("\n", " ")))
@@ -257,6 +261,8 @@ for shape in ((128, 8, 2048, 768), (8, 2, 4096, 14336)):
         assert "wgmma.mma_async" in ptx
 assert copies(experts(64, 32, 4, 2880, 2880, True, ACTIVATION="swiglu_clamped")) == {"0x10"}
 assert "wgmma.mma_async" in experts(64, 32, 4, 2880, 2880, True, swap=True, bias_ptr=None)
+for tokens, gated in ((64, True), (4096, True), (4096, False)):
+    experts(tokens, 128, 8, 2048, 768, gated, arch=89, bias_ptr=None)
 assert "tf32" not in experts(64, 8, 2, 256, 192, True, dtype="fp32", ACTIVATION="gelu_tanh")
 routing = {"N": 128, "BLOCK_E": 128, "J": 8, "BLOCK_J": 8, "RENORMALISE": True, "BLOCK_T": 1}
 compiled(moe_routing._route_kernel, routing, warps=1, weights_ptr="*fp32", counts_ptr="*i32", pairs_ptr="*i32")
@@ -265,7 +271,7 @@ print("compiled")
 """
 
 
-def test_kernels_compile_for_hopper() -> None:
+def test_kernels_compile_and_fit_the_shared_memory() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
