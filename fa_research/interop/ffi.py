@@ -22,6 +22,7 @@ TARGET = "fa_research_call"
 _MAX_WRAPPED = 1024  # addresses remembered per call; past that they are forgotten all at once
 _INTERNAL = 13  # XLA_FFI_Error_Code_INTERNAL
 _METADATA = 1  # XLA_FFI_Extension_Metadata
+_MAJOR, _MINOR = 0, 4  # of the interface that the structs below are; jaxlib 0.10 has 0.3
 
 Function = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -166,8 +167,8 @@ def _handle(pointer: Any, platform: str) -> int | None:
     if frame.extension:
         extension = frame.extension.contents
         if extension.type == _METADATA:
-            version, ours = frame.api.contents.version, extension.metadata.contents.version
-            ours.major, ours.minor = version.major, version.minor
+            version = extension.metadata.contents.version
+            version.major, version.minor = _MAJOR, min(frame.api.contents.version.minor, _MINOR)
             return None
     try:
         _run(frame, platform)

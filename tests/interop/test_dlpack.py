@@ -115,10 +115,8 @@ def test_a_donated_array_is_no_tensor_and_leaves_torchs_memory_alone() -> None:
     array = to_jax(tensor)
     doubled = jax.jit(lambda x: x * 2, donate_argnums=0)(array)
     assert to_torch(doubled).tolist() == [2.0] * 64 and tensor.tolist() == [1.0] * 64
-    if array.is_deleted():
-        with pytest.raises(InteropError, match="deleted or donated"):
-            to_torch(array)
-    array.delete() if not array.is_deleted() else None
+    # The CPU client may decline to donate; deleting is what donation does to a handle.
+    array.delete()
     with pytest.raises(InteropError, match="deleted or donated"):
         to_torch(array)
 
@@ -128,14 +126,14 @@ def test_a_traced_array_is_no_tensor() -> None:
         jax.jit(lambda x: to_torch(x).numel())(jax.numpy.ones(4))
 
 
-def test_an_argument_shows_what_torch_wrote_and_a_closure_may_not() -> None:
-    """Why pools are arguments: an array that is closed over is a constant of the compiled program."""
+def test_an_argument_shows_what_torch_wrote_since() -> None:
+    """An array that is closed over may be a constant of the compiled program, so pools are arguments."""
     tensor = torch.ones(64)
     array = to_jax(tensor)
-    as_argument = jax.jit(lambda x: x.sum())
-    assert float(as_argument(array)) == 64.0
+    total = jax.jit(lambda x: x.sum())
+    assert float(total(array)) == 64.0
     tensor.fill_(3)
-    assert float(as_argument(array)) == 192.0
+    assert float(total(array)) == 192.0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -150,7 +148,7 @@ def test_handles_are_made_once_and_go_with_the_pool(device: str) -> None:
     pool = torch.zeros(2, 64, 2, 64, device=device)
     storage = StorageWeakRef(pool.untyped_storage())
     handles = [cache.get(pool[layer]) for _ in range(3) for layer in range(2)]
-    assert handles[:2] == handles[2:4] or all(a is b for a, b in zip(handles[:2], handles[4:], strict=True))
+    assert all(handle is handles[i % 2] for i, handle in enumerate(handles))
     assert made == [pool[0].data_ptr(), pool[1].data_ptr()] and len(cache) == 2
     with torch.inference_mode():
         assert cache.get(pool[1]) is handles[1]
