@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fa_research.measure.numerics import judge, judge_rows
+from fa_research.measure.numerics import judge, judge_median_row, judge_rows
 
 ONE = torch.ones(4, dtype=torch.float64)
 NAN = torch.tensor([1.0, float("nan"), 1.0, 1.0], dtype=torch.float64)
@@ -89,3 +89,15 @@ def test_rows_are_judged_one_by_one() -> None:
     assert not judge_rows([(result.bfloat16() * float("nan"), baseline, reference)]).passed
     with pytest.raises(AssertionError, match="nothing was compared"):
         judge_rows([])
+
+
+def test_the_median_row_forgives_few_rows_and_no_nan() -> None:
+    reference = torch.ones(9, 4, dtype=torch.float64)
+    baseline = (reference + 0.01).bfloat16()
+    result = baseline.clone()
+    result[:4] += 5.0
+    assert judge_median_row([(result, baseline, reference)]).passed
+    assert not judge([(result, baseline, reference)]).passed
+    assert not judge_median_row([(baseline + 0.25, baseline, reference)]).passed
+    result[0, 0] = float("nan")
+    assert not judge_median_row([(result, baseline, reference)]).passed
