@@ -79,3 +79,16 @@ def test_it_runs_as_a_module_and_helps() -> None:
     command = [sys.executable, "-m", "fa_research.compare", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--question" in done.stdout
+
+
+def test_a_reader_that_is_gone_is_no_error(tmp_path: Path) -> None:
+    shell = f"{sys.executable} -m fa_research.compare {sweep(tmp_path, TIMES)} -q backend | true"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    code, _ = run(sweep(tmp_path / "in", TIMES), "-q", "backend", "--out", tmp_path / "file" / "out")
+    assert code == 2
+    assert f"{tmp_path}/file/out: Not a directory" in capsys.readouterr().err
