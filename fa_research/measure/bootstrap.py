@@ -24,13 +24,27 @@ def median_draws(samples: Sequence[float], *, seed: int | Sequence[int], draws: 
     Blocks hold n^(1/3) samples. Raises ValueError for fewer than `FEWEST_SAMPLES` samples.
     """
     values = np.asarray(samples, dtype=np.float64)
-    n = len(values)
+    return np.median(values[_resampled(len(values), draws, seed)], axis=1)
+
+
+def ratio_draws(
+    above: Sequence[float], below: Sequence[float], *, seed: int | Sequence[int], draws: int = DRAWS
+) -> Draws:
+    """Ratios of the medians of samples taken in pairs, float64 [draws]. Pairs are drawn whole, so that what made both
+    slow at once cancels. Raises ValueError for fewer than `FEWEST_SAMPLES` pairs."""
+    index = _resampled(len(above), draws, seed)
+    medians = (np.median(np.asarray(samples, dtype=np.float64)[index], axis=1) for samples in (above, below))
+    return np.divide(*medians)
+
+
+def _resampled(n: int, draws: int, seed: int | Sequence[int]) -> NDArray[np.int64]:
+    """Indices [draws, n], in blocks of neighbours."""
     if n < FEWEST_SAMPLES:
         raise ValueError(f"{n} samples: a bootstrap takes at least {FEWEST_SAMPLES}")
     block = max(1, round(n ** (1 / 3)))
     starts = np.random.default_rng(seed).integers(0, n, size=(draws, -(-n // block)))
     index = (starts[:, :, None] + np.arange(block)) % n
-    return np.median(values[index.reshape(draws, -1)[:, :n]], axis=1)
+    return index.reshape(draws, -1)[:, :n]
 
 
 def normal_draws(median: float, p10: float, p90: float, count: int, *, seed: int | Sequence[int]) -> Draws:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fa_research.measure.bootstrap import interval, median_draws, normal_draws
+from fa_research.measure.bootstrap import interval, median_draws, normal_draws, ratio_draws
 
 
 def test_equal_samples_leave_no_doubt() -> None:
@@ -57,3 +57,13 @@ def test_percentiles_give_about_the_interval_of_the_samples_they_are_of() -> Non
     p10, p90 = np.quantile(samples, [0.1, 0.9])
     rough = normal_draws(float(np.median(samples)), p10, p90, 400, seed=0)
     assert rough.std() == pytest.approx(2 * (np.pi / 2 / 400) ** 0.5, rel=0.15)
+
+
+def test_what_slows_both_of_a_pair_cancels() -> None:
+    rng = np.random.default_rng(0)
+    drift = 1 + 0.2 * rng.random(60)
+    above, below = 1.05 * drift * rng.normal(1, 0.001, 60), drift * rng.normal(1, 0.001, 60)
+    low, high = interval(ratio_draws(above, below, seed=0))
+    assert low < 1.05 < high
+    alone = median_draws(above, seed=1) / median_draws(below, seed=2)
+    assert high - low < 0.2 * np.subtract(*interval(alone)[::-1])
