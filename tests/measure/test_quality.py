@@ -20,6 +20,7 @@ from fa_research.config import (
     KVConfig,
     MaskConfig,
     ModelConfig,
+    SamplingConfig,
     TextWorkload,
 )
 from fa_research.config.checkpoint import take_from_folder
@@ -117,6 +118,14 @@ def test_pieces_of_logits_make_no_difference(tmp_path: Path, monkeypatch: pytest
     whole, _ = quality_of(cell(options))
     monkeypatch.setattr("fa_research.measure.quality._ROWS", 3)
     assert quality_of(cell(options))[0] == pytest.approx(whole)
+
+
+def test_sampling_changes_nothing(tmp_path: Path) -> None:
+    """The text's own tokens are fed, whatever a step would draw."""
+    options = dataclasses.replace(OPTIONS, path=str(text_file(tmp_path)))
+    greedy, _ = quality_of(cell(options))
+    drawn, workload = quality_of(cell(options, sampling=SamplingConfig(temperature=50.0)))
+    assert drawn == greedy and workload.decoder.sampling
 
 
 @pytest.fixture(scope="module")
