@@ -35,7 +35,7 @@ from tests.measure.broken import (
     install,
 )
 from tests.models.checkpoints import PEERS, Peer, save, save_tokenizer
-from tests.workloads.cells import cell, model_config, prepared, text_file
+from tests.workloads.cells import build, cell, model_config, prepared, text_file
 
 OPTIONS = TextWorkload(batch_size=3, prompt_len=41, shared_prefix_len=19, chunk_size=7, steps=5)
 
@@ -118,6 +118,18 @@ def test_pieces_of_logits_make_no_difference(tmp_path: Path, monkeypatch: pytest
     whole, _ = quality_of(cell(options))
     monkeypatch.setattr("fa_research.measure.quality._ROWS", 3)
     assert quality_of(cell(options))[0] == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("front", [[], [7], [7, 8], [7, 8, 9]])
+def test_tokens_before_the_text_are_not_predicted(front: list[int], tmp_path: Path) -> None:
+    """Of 41 tokens and the one after them all but the first are scored, and none of the tokenizer's own."""
+    config = cell(dataclasses.replace(OPTIONS, path=str(text_file(tmp_path)), batch_size=1))
+    workload, engine = build(config)
+    assert isinstance(workload, Text)
+    workload.tokenizer.front = front
+    del workload.__dict__["passages"]  # read again, with it
+    workload.prepare(engine)
+    assert measure_quality(engine, workload)["scored_tokens"] == 42 - max(1, len(front))
 
 
 def test_sampling_changes_nothing(tmp_path: Path) -> None:
