@@ -34,7 +34,7 @@ from tests.measure.broken import (
     Right,
     install,
 )
-from tests.models.checkpoints import PEERS, Peer, save, save_tokenizer
+from tests.models.checkpoints import PEERS, Peer, save, save_tokenizer, transformers
 from tests.workloads.cells import build, cell, model_config, prepared, text_file
 
 OPTIONS = TextWorkload(batch_size=3, prompt_len=41, shared_prefix_len=19, chunk_size=7, steps=5)
@@ -176,6 +176,17 @@ def test_a_trained_model_predicts_its_text(
     assert low["oracle_bits_per_byte"] == pytest.approx(columns["bits_per_byte"], rel=0.02)
     assert low["bits_per_byte"] != low["oracle_bits_per_byte"]
     assert 0.9 < low["top1_agreement"] <= 1.0
+
+
+def test_the_oracle_is_the_same_weights_in_float32(trained: tuple[Path, Path]) -> None:
+    """Of a bfloat16 model: its rounded weights, with everything computed in float32."""
+    columns, workload = quality_of(cell_of(*trained, dtype=Dtype.bfloat16, batch_size=1))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(trained[0]).bfloat16().float()
+    nats = nats_of(theirs, workload.passages[0].tokens)
+    expected = float(nats[:41].mean()) / math.log(2), float(nats[41:].mean()) / math.log(2)
+    found = columns["oracle_bits_per_byte"], columns["decode_oracle_bits_per_byte"]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert columns["bits_per_byte"] != pytest.approx(expected[0], rel=1e-5)
 
 
 class DecodeIsZero(Right):
