@@ -77,6 +77,8 @@ def paged_attention(
     offsets_S = torch.arange(page_size, device=q_THD.device)
     outs, lses, start = [], [], 0
     for pages_P, seq_len, extend_len in zip(page_table_BP, seq_lens, extend_lens, strict=True):
+        if extend_len == 0:
+            continue  # padding
         pages = pages_P[: -(-seq_len // page_size)].long()
         slots = (pages[:, None] * page_size + offsets_S).flatten()[:seq_len]
         q_pos = torch.arange(seq_len - extend_len, seq_len, device=q_THD.device)

@@ -109,6 +109,12 @@ class AttentionBackend(ABC):
         """Output [T, H, V] in the query's dtype, and, when asked, LSE [T, H] in float32 (natural, without the
         sink)."""
 
+    def attend_into(self, out_THV: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        """`attend` with the output in `out_THV`; returns the LSE. Kernels that take an output override it."""
+        out, lse = self.attend(*args, **kwargs)
+        out_THV[: out.shape[0]].copy_(out)  # tokens past the last cumulative length are padding
+        return lse
+
     # What a backend has.
 
     def lower(self, spec: AttentionSpec) -> Lowering:

@@ -65,6 +65,10 @@ class TritonBackend(AttentionBackend):
         run = self._decode if metadata.max_seq_len_q == 1 else self._extend
         return run(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, sinks_H=sinks_H, return_lse=return_lse)
 
+    def attend_into(self, out_THV: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        run = self._decode if args[3].max_seq_len_q == 1 else self._extend
+        return run(*args, **kwargs, out=out_THV)[1]
+
     def forward_extend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         # One token each or many, deterministic extends take one kernel: which neighbours there are must not show.
         run = self._extend if self.settings.deterministic else self.attend

@@ -52,7 +52,8 @@ def paged_attention(
     """Attention of each request's last tokens to all its keys in the cache, the tokens' own among them.
 
     The pool is passed to the backend where it lies. Shapes are static, as always under `jax.jit`: pad requests with
-    length 0 and no queries, tokens behind the last cumulative length, so that batches share programs.
+    length 0 and no queries, tokens behind the last cumulative length, so that batches share programs. What padding
+    tokens get is undefined.
 
     Args:
         q_THD: queries of all requests, one request after the other.
@@ -131,27 +132,34 @@ class _Backend:
     backend: AttentionBackend
 
     def attend(
-        self, tensors: Sequence[Tensor], metadata: FlashAttentionMetadata, return_lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        tensors: Sequence[Tensor],
+        metadata: FlashAttentionMetadata,
+        out_THV: Tensor,
+        lse_TH: Tensor | None,
+    ) -> None:
+        """Attention into the outputs; LSE where there is a place for it."""
         q_THD, k_PSKD, v_PSKV = tensors[:3]
         sinks_H = tensors[7] if len(tensors) > 7 else None
         (lowering,) = self.backend.lowerings
         late_sinks = sinks_H is not None and lowering.sink_epilogue
-        metadata.plans.clear()
         self.backend.plan(metadata, lowering)
-        out, lse = self.backend.attend(
+        lse = self.backend.attend_into(
+            out_THV,
             q_THD,
             k_PSKD.flatten(0, 1),
             v_PSKV.flatten(0, 1),
             metadata,
             lowering.spec,
             sinks_H=None if late_sinks else sinks_H,
-            return_lse=return_lse or late_sinks,
+            return_lse=lse_TH is not None or late_sinks,
         )
         if late_sinks:
             assert lse is not None and sinks_H is not None
-            out = apply_sinks(out, lse, sinks_H)
-        return out, lse
+            out_THV.copy_(apply_sinks(out_THV, lse, sinks_H))
+        if lse_TH is not None:
+            assert lse is not None
+            lse_TH[: lse.shape[0]].copy_(lse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +182,7 @@ class _Served:
             self.max_seq_len_q,
             self.max_seq_len_k,
         )
-        out, lse = self.backend.attend(inputs, metadata, self.return_lse)
-        outputs[0][: out.shape[0]].copy_(out)
-        if lse is not None and self.return_lse:
-            outputs[1][: lse.shape[0]].copy_(lse)
+        self.backend.attend(inputs, metadata, outputs[0], outputs[1] if self.return_lse else None)
 
 
 @cache

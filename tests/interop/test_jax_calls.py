@@ -116,6 +116,39 @@ def test_in_a_scan_over_layers() -> None:
     torch.testing.assert_close(outs[0], torch.full_like(outs[0], 2.0))
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_padded_batch(name: str) -> None:
+    """Two requests without tokens, and tokens of nobody: what batches of a bucket look like."""
+    scene = make_scene(lens="mixed")
+    arrays, static = arguments(scene)
+    pad, total = jax.numpy.pad, sum(new for _, new in scene.lens)
+    arrays["q_THD"] = pad(arrays["q_THD"], ((0, 6), (0, 0), (0, 0)), constant_values=jax.numpy.nan)
+    arrays["page_table_BP"] = pad(arrays["page_table_BP"], ((0, 2), (0, 3)))
+    arrays["cache_seqlens_B"] = pad(arrays["cache_seqlens_B"], (0, 2))
+    arrays["cu_seqlens_q_B1"] = pad(arrays["cu_seqlens_q_B1"], (0, 2), mode="edge")
+    run = jax.jit(lambda arrays: paged_attention(**arrays, **static, backend=name, return_lse=True))
+    outs = to_torch(run(arrays)[0])
+    scene.check_outputs(outs[:total].split([new for _, new in scene.lens]), range(len(scene.lens)))
+
+
+def test_triton_writes_the_output_where_xla_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fa_research.kernels import paged_decode as kernel
+
+    scene = make_scene()
+    arrays, static = arguments(scene)
+    asked: list[Any] = []
+    original = kernel.paged_decode
+
+    def watched(*args: Any, out: Any = None, **kwargs: Any) -> Any:
+        asked.append(out)
+        return original(*args, out=out, **kwargs)
+
+    monkeypatch.setattr(kernel, "paged_decode", watched)
+    out = jax.jit(lambda arrays: paged_attention(**arrays, **static, backend="triton"))(arrays)
+    scene.check_outputs(to_torch(out).split(1), range(len(scene.lens)))
+    assert [tensor.data_ptr() for tensor in asked] == [out.unsafe_buffer_pointer()]
+
+
 def test_equal_calls_share_a_number_and_leave_nothing_behind() -> None:
     scene = make_scene()
     arrays, static = arguments(scene)
