@@ -59,9 +59,10 @@ class JaxDecoder:
         self._pools = [jax.device_put(jnp.zeros(shape, dtype), device) for _ in range(2)]
         # Page 0 is nobody's, as in the package's own pools: padding writes there.
         self._free = list(np.random.default_rng(0).permutation(np.arange(1, num_pages + 1)))
+        on = "cpu" if device.platform == "cpu" else "cuda"
         self._forward = jax.jit(
             functools.partial(
-                forward, specs=model.attention_specs, eps=config.rms_norm_eps, attention=attention
+                forward, specs=model.attention_specs, eps=config.rms_norm_eps, attention=attention, device=on
             ),
             static_argnames=("page_size", "one_token"),
             donate_argnums=(1, 2),
@@ -151,11 +152,12 @@ def forward(
     specs: Sequence[Any],
     eps: float,
     attention: str,
+    device: str,
     page_size: int,
     one_token: bool,
 ) -> tuple[Any, Any, Any]:
     """The most likely next token of each request [B], and the pools with what the tokens added."""
-    attend = _xla if attention == "xla" else functools.partial(_backend, name=attention)
+    attend = _xla if attention == "xla" else functools.partial(_backend, name=attention, device=device)
     batch = (table_BP, lens_B, cu_seqlens_q_B1)
     x_TE = weights["embedding"][tokens_T]
     cos_sin_TD = weights["cos_sin_XD"][positions_T]
@@ -186,12 +188,12 @@ def _xla(q, k, v, layer, batch, sinks, spec, page_size, one_token):  # type: ign
     return out
 
 
-def _backend(q, k, v, layer, batch, sinks, spec, page_size, one_token, *, name):  # type: ignore[no-untyped-def]
+def _backend(q, k, v, layer, batch, sinks, spec, page_size, one_token, *, name, device):  # type: ignore[no-untyped-def]
     pools = (pool.reshape(pool.shape[0], -1, page_size, *pool.shape[2:]) for pool in (k, v))
     table, lens, cu_seqlens_q = batch
     return through_a_backend(
         q, *pools, table, lens, None if one_token else cu_seqlens_q,
-        backend=name, layer=layer, mask=spec.mask, scale=spec.scale, softcap=spec.softcap, sinks_H=sinks,
+        backend=name, device=device, layer=layer, mask=spec.mask, scale=spec.scale, softcap=spec.softcap, sinks_H=sinks,
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ def arguments(scene: Scene) -> tuple[dict[str, Any], dict[str, Any]]:
         "sinks_H": None if scene.sinks is None else to_jax(scene.sinks),
     }
     static = {"mask": spec.mask, "scale": spec.scale, "softcap": spec.softcap, "layer": scene.layer_id}
+    static["device"] = scene.device  # JAX's default may be another
     return arrays, static
 
 
@@ -63,9 +64,7 @@ def test_under_jit_it_is_the_definition(name: str, device: str, lens: str, mask:
     scene = make_scene(mask, lens, device, has_sink=sink)
     scene.backend(name)  # skips where it cannot
     arrays, static = arguments(scene)
-    run = jax.jit(
-        lambda arrays: paged_attention(**arrays, **static, backend=name, return_lse=True, device=device)
-    )
+    run = jax.jit(lambda arrays: paged_attention(**arrays, **static, backend=name, return_lse=True))
     for _ in range(2):
         out, lse = run(arrays)
         counts = [new for _, new in scene.lens]
