@@ -81,7 +81,7 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
 
     engine = build_engine(config, needs, specs, device, make_model)  # loading draws its own progress
     row.environment = environment() | _environment(engine)
-    if isinstance(workload, Text) and workload.options.generate:
+    if isinstance(workload, Text) and workload.writes:
         row.generated = _generate(engine, workload)
     with progress(f"{config.backend.name} {config.workload.name}", 4, config.tracking.progress) as tick:
         workload.prepare(engine)

@@ -352,7 +352,7 @@ def test_a_loaded_config_loads_again(tmp_path: Path) -> None:
 
 def test_changed_is_not_for_users() -> None:
     with pytest.raises(ConfigError, match=r"model.changed=\['softcap'\]: is filled in"):
-        load_config(composed("model.changed=[softcap]"))
+        load_config(composed("model=tiny", "model.changed=[softcap]"))
 
 
 def test_the_supported_architectures() -> None:

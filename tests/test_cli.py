@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     *(
         "backend=torch",
+        "model=tiny",
         "workload=decode",
         "workload.batch_size=2",
         "workload.context_len=32",

@@ -43,8 +43,11 @@ def message_of(*overrides: str) -> str:
 
 
 def test_defaults_of_the_schemas_and_of_the_yaml_files_agree() -> None:
-    # Whoever builds Config() in a test or a notebook gets what `python run.py` gets.
-    assert load_config(composed()) == Config()
+    # Whoever builds Config() in a test or a notebook gets what `python run.py` gets, but the model that needs files and
+    # the text on the screen.
+    plain = ["model=tiny", "workload.generate=0", "workload.prompt=null"]
+    assert load_config(composed(*plain)) == Config()
+    assert load_config(composed()).model.name == "pybyte"
 
 
 @pytest.mark.parametrize(("group", "choice"), ALL_CHOICES)
@@ -242,8 +245,10 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["model.rope_scaling.type=longrope", "model.head_dim=4", "model.rope_scaling.short_factor=[1,0]"],
         ["short_factor[1]=0", "long_factor has 0 numbers: must have model.head_dim / 2 = 2"],
     ),
-    (["workload.prompt=x"], ["workload.prompt is given", "workload.generate=0", "the number of tokens"]),
-    (["workload.generate=4000"], ["workload.generate=4000 = 4256 tokens", "model.max_context_len=4096"]),
+    (
+        ["workload.generate=4000", "workload.prompt=null"],
+        ["workload.generate=4000 = 4256 tokens", "model.max_context_len=4096"],
+    ),
     (["model.mask.size=4"], ["model.mask", "size=4"]),
     (["model.mask.name=sliding_window", "model.mask.size=0"], ["model.mask", "size"]),
     (
@@ -251,7 +256,10 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["low_freq_factor=4.0", "high_freq_factor=4.0"],
     ),
     (["workload.num_layers=1"], ["workload.num_layers=1", "workload.level=attention"]),
-    (["workload.level=attention", "workload.num_layers=3"], ["workload.num_layers=3", "model.num_layers=2"]),
+    (
+        ["workload.level=attention", "workload.num_layers=3"],
+        ["workload.num_layers=3", "model.num_layers=2"],
+    ),
     (
         ["workload=decode", "workload.context_len=4090"],
         ["workload.context_len=4090 + workload.steps=16 = 4106 tokens", "model.max_context_len=4096"],
@@ -278,7 +286,9 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
 def test_a_mistake_is_one_line_that_names_the_key_and_what_would_work(
     overrides: list[str], parts: list[str]
 ) -> None:
-    message = message_of(*overrides)
+    # The default model's shape is its folder's.
+    chosen = any(override.startswith("model=") for override in overrides)
+    message = message_of(*overrides, *([] if chosen else ["model=tiny"]))
     assert "\n" not in message
     for part in parts:
         assert part in message
@@ -299,12 +309,13 @@ def test_the_limits_themselves_are_accepted() -> None:
         ["workload.shared_prefix_len=255"],
         ["workload.shared_prefix_len=0"],
         ["cuda_graph.mode=off", "cuda_graph.batch_sizes=[]"],
-        ["model.moe.num_experts=4", "model.moe.experts_per_token=4"],
-        ["model.local.pattern=[true,false]", "model.local.mask.size=64", "model.local.rope_theta=1e4"],
-        ["model.rope_scaling.type=longrope", "model.head_dim=2", "model.rope_scaling.short_factor=[1]"]
+        ["model=tiny", "model.moe.num_experts=4", "model.moe.experts_per_token=4"],
+        ["model=tiny", "model.local.pattern=[true,false]", "model.local.mask.size=64", "model.local.rope_theta=1e4"],
+        ["model=tiny", "model.rope_scaling.type=longrope", "model.head_dim=2"]
+        + ["model.rope_scaling.short_factor=[1]"]
         + ["model.rope_scaling.long_factor=[4]"],
         ["sampling.top_p=1", "sampling.min_p=1", "sampling.seed=9223372036854775807"],
-        ["workload.generate=3840"],
+        ["workload.generate=3840", "workload.prompt=null"],
     ):
         load_config(composed(*overrides))
 

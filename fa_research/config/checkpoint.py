@@ -50,8 +50,8 @@ def take_from_folder(model: ModelConfig, overrides: Iterable[str] = ()) -> Model
     if refused := _set_besides(model, found, overrides):
         raise ConfigError(
             f"with model.path={model.path} its config.json decides {', '.join(refused)}; leave "
-            f"{'it' if len(refused) == 1 else 'them'} out (model.dtype, model.name, model.mask, model.local and "
-            "model.softcap can be set)"
+            f"{'it' if len(refused) == 1 else 'them'} out, or take a model without a folder, such as model=tiny "
+            "(model.dtype, model.name, model.mask, model.local and model.softcap can be set)"
         )
     found.changed = given(dataclasses.asdict(model), overrides) if model.changed is None else model.changed
     take_over(found, model, found.changed)

@@ -229,7 +229,7 @@ class TextWorkload(WorkloadConfig):
     shared_prefix_len: int = 128
     chunk_size: int = 96
     steps: int = 32
-    generate: int = 0  # tokens of text to show, following `prompt`
+    generate: int = 0  # tokens of text to show, following `prompt`; not with level=attention
     prompt: str | None = None  # None: the text's beginning
 
 

@@ -156,14 +156,7 @@ def _text(workload: TextWorkload, model: ModelConfig) -> Iterator[str]:
         )
     yield from _fits(workload, model, "prompt_len steps")
     yield from at_least("workload.generate", workload.generate, 0)
-    if workload.generate == 0 and workload.prompt is not None:
-        yield "workload.prompt is given, but workload.generate=0; give the number of tokens that are to follow it"
-    if workload.generate > 0 and workload.level is Level.attention:
-        yield (
-            f"workload.generate={workload.generate} with workload.level=attention: the attention path alone writes no "
-            "text; use workload.level=model"
-        )
-    if workload.generate > 0 and workload.prompt is None:
+    if workload.generate > 0 and workload.level is Level.model and workload.prompt is None:
         yield from _fits(workload, model, "prompt_len generate")
 
 

@@ -69,8 +69,7 @@ def _verify(path: Path) -> None:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise CheckpointError(
-            f"model.path needs the package safetensors, which cannot be imported ({error}); "
-            'it comes with the extra hf: pip install -e ".[hf]"'
+            f"model.path needs the package safetensors, which cannot be imported ({error}): pip install safetensors"
         ) from error
     try:
         with safe_open(path, framework="pt", device="cpu"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fa_research.batch import ForwardBatch, ForwardMode
+from fa_research.config import Level
 from fa_research.engine.engine import Engine, Needs
 from fa_research.engine.sampling import sample
 from fa_research.kv_cache import CachedRequest
@@ -42,6 +43,11 @@ class Text(Decoding):
     def prompts(self) -> list[list[int]]:
         return [passage.prompt for passage in self.passages]
 
+    @property
+    def writes(self) -> bool:
+        """Whether there is text to show."""
+        return self.options.generate > 0 and self.options.level is Level.model
+
     @cached_property
     def opening(self) -> list[int]:
         """What generated text follows."""
@@ -54,7 +60,7 @@ class Text(Decoding):
         longest = len(self.prompts[0]) + self.most_steps  # read now: what is wrong with the text comes first
         again = options.prompt_len + options.steps  # the re-prefill of the check
         lens = [*[longest] * options.batch_size, max(1, options.shared_prefix_len), again]
-        if options.generate:
+        if self.writes:
             lens.append(len(self.opening) + options.generate)
         return Needs(tuple(lens), max(again, options.batch_size * options.chunk_size))
 
@@ -77,6 +83,10 @@ class Text(Decoding):
             how = "as bytes: no tokenizer.json" if tokenizer.name == "bytes" else f"by {tokenizer.name}"
             front = f", every prompt begins with token {tokenizer.front}" if tokenizer.front else ""
             notes.append(f"text {how}{front}")
+        if self.options.generate and not self.writes:
+            notes.append(
+                f"workload.generate={self.options.generate}: the attention path alone writes no text"
+            )
         return notes
 
     def generation(self, engine: Engine) -> Generation:

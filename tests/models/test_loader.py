@@ -144,7 +144,7 @@ def test_a_folder_without_weights_says_what_it_has(files: tuple[str, ...], says:
         load(tmp_path)
 
 
-def test_without_safetensors_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_safetensors_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(PEERS["llama"], tmp_path)
     real = builtins.__import__
 
@@ -154,7 +154,7 @@ def test_without_safetensors_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
         return real(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(CheckpointError, match=r"needs the package safetensors.*extra hf: pip install"):
+    with pytest.raises(CheckpointError, match=r"needs the package safetensors.*: pip install safetensors"):
         load(tmp_path)
 
 

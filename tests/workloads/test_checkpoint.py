@@ -119,8 +119,8 @@ def test_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     edit_config(folder, max_position_embeddings=159)
     arguments = [
         "-m", f"model.path={folder}", "model.max_context_len=159,4096", "workload.batch_size=1",
-        "workload.prompt_len=40", "workload.shared_prefix_len=0", "workload.steps=2", "measure=quick",
-        "tracking=disabled", f"hydra.sweep.dir={tmp_path / 'out'}",
+        "workload.generate=0", "workload.prompt_len=40", "workload.shared_prefix_len=0", "workload.steps=2",
+        "measure=quick", "tracking=disabled", f"hydra.sweep.dir={tmp_path / 'out'}",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -29,6 +29,7 @@ from fa_research.measure.cell import check
 from fa_research.workloads.generation import Generation
 from fa_research.workloads.text import Text
 from tests.models.checkpoints import PEERS, edit_config, save, save_tokenizer
+from tests.test_runner import run
 from tests.workloads.cells import build, cell, text_file
 
 OPTIONS = TextWorkload(
@@ -158,7 +159,6 @@ def test_prompts_that_will_not_do(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"generate": -1}, "workload.generate=-1: must be at least 0"),
-    ({"generate": 0}, "workload.prompt is given, but workload.generate=0"),
     ({"prompt": None, "generate": 140}, "workload.prompt_len=23 [+] workload.generate=140 = 163 tokens"),
 ])  # fmt: skip
 def test_keys_that_contradict_each_other(
@@ -168,9 +168,11 @@ def test_keys_that_contradict_each_other(
         cell_of(folder, tmp_path, **changes)
 
 
-def test_the_attention_path_alone_writes_nothing() -> None:
-    with pytest.raises(ConfigError, match="workload.generate=40 with workload.level=attention"):
-        cell(OPTIONS, Level.attention)
+def test_the_attention_path_alone_writes_nothing_and_says_so(tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, path=str(text_file(tmp_path)))
+    row = run(cell(options, Level.attention), tmp_path)
+    assert not row.generated
+    assert "workload.generate=40: the attention path alone writes no text" in row.notes
 
 
 def test_bytes_of_a_prompt_that_are_no_text(folder: Path, tmp_path: Path) -> None:
