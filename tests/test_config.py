@@ -310,7 +310,12 @@ def test_the_limits_themselves_are_accepted() -> None:
         ["workload.shared_prefix_len=0"],
         ["cuda_graph.mode=off", "cuda_graph.batch_sizes=[]"],
         ["model=tiny", "model.moe.num_experts=4", "model.moe.experts_per_token=4"],
-        ["model=tiny", "model.local.pattern=[true,false]", "model.local.mask.size=64", "model.local.rope_theta=1e4"],
+        [
+            "model=tiny",
+            "model.local.pattern=[true,false]",
+            "model.local.mask.size=64",
+            "model.local.rope_theta=1e4",
+        ],
         ["model=tiny", "model.rope_scaling.type=longrope", "model.head_dim=2"]
         + ["model.rope_scaling.short_factor=[1]"]
         + ["model.rope_scaling.long_factor=[4]"],
