@@ -1,7 +1,7 @@
 """What choosing a token costs: greedy, temperature, top-k, top-p and min-p, as CUDA graphs, against torch; and what it
 adds to a captured decode step.
 
-Run on a Hopper GPU, about a minute: python experiments/sampling/measure.py OUT_FOLDER [kernels] [step]
+Run on a Hopper GPU, half a minute: python experiments/sampling/measure.py OUT_FOLDER [kernels] [step]
 A graph holds the same call several times over logits that stay in L2 as far as they fit, which is how the model's head
 leaves them: `l2` is `warm`. Variants take turns in random order. Before a cell is timed, its tokens are compared with
 those of plain torch on the same logits, by sorting.
@@ -32,12 +32,16 @@ from fa_research.models import attention_specs, build_model
 from fa_research.tracking import Row, RowWriter, Status, environment
 
 DEVICE = torch.device("cuda")
-BATCHES, VOCABULARIES = (1, 16, 64), (128256, 151936, 262144)
+BF16, FP32 = torch.bfloat16, torch.float32
+CELLS = [(1, 128256, BF16), (16, 128256, BF16), (64, 128256, BF16)]  # rows, vocabulary, type
+CELLS += [(64, 151936, BF16), (64, 262144, BF16), (64, 128256, FP32)]
+SORTED = (64, 128256)  # cells that plain torch is timed on
 CALLS, ROUNDS = 10, 12  # calls in a graph, replays of it
 SAMPLED = {
     "sampled_greedy": GREEDY,  # what a greedy request costs beside sampled ones
     "temperature": SamplingParams(0.8),
     "top_k": SamplingParams(0.8, top_k=50),
+    "top_k_1000": SamplingParams(0.8, top_k=1000),  # too many for the leading groups: the row is searched
     "top_p": SamplingParams(0.8, top_p=0.95),
     "top_k_top_p": SamplingParams(0.8, top_k=50, top_p=0.95),
     "all": SamplingParams(0.8, 50, 0.95, 0.05),
@@ -123,7 +127,7 @@ def run_cell(kind: str, rows: int, vocab: int, dtype: torch.dtype, writer: RowWr
     }
     runs |= {name: sampled(logits_BX, params, out_B, ops.sample) for name, params in SAMPLED.items()}
     samples = interleave(runs)
-    if rows == 64 and vocab == VOCABULARIES[0]:
+    if (rows, vocab) == SORTED:
         by_sorting = sampled(logits_BX, SAMPLED["all"], out_B, sampling_torch.sample)
         samples |= interleave({"torch_sort": by_sorting}, calls=1, rounds=5)
     line = f"{kind:6s} {rows:3d} x {vocab:6d} {str(dtype)[6:]:8s}"
@@ -227,12 +231,9 @@ def main(folder: Path, parts: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with RowWriter(folder / "rows.jsonl") as writer:
         if "kernels" in parts:
-            for vocab in VOCABULARIES:
-                for rows in BATCHES:
-                    for kind in ("peaked", "flat"):
-                        run_cell(kind, rows, vocab, torch.bfloat16, writer)
-            for kind in ("peaked", "flat"):
-                run_cell(kind, 64, VOCABULARIES[0], torch.float32, writer)
+            for cell in CELLS:
+                for kind in ("peaked", "flat"):
+                    run_cell(kind, *cell, writer)
         if "step" in parts:
             for size in STEP_BATCHES:
                 run_steps(size, writer)

@@ -14,11 +14,12 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fa_research.kernels import sampling, sampling_threshold
+from fa_research.kernels import sampling, sampling_draw, sampling_threshold
 
 DTYPES = {
     "temperature_ptr": "*fp32", "top_k_ptr": "*i32", "seed_ptr": "*i64", "positions_ptr": "*i32",
-    "part_keys_ptr": "*i32", "part_ids_ptr": "*i32", "out_ptr": "*i64",
+    "part_keys_ptr": "*i32", "part_ids_ptr": "*i32", "leaders_ptr": "*i32",
+    "out_ptr": "*i64",
 }
 
 def compiled(kernel, constants, warps, logits):
@@ -38,18 +39,19 @@ def compiled(kernel, constants, warps, logits):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
 
 greedy = dict.fromkeys(["temperature_ptr", "seed_ptr", "positions_ptr", "peak_ptr", "threshold_ptr"])
-for logits, width in (("*bf16", 8), ("*fp32", 4)):
+for logits, width, shift in (("*bf16", 8, 16), ("*fp32", 4, 0)):
     for kernel, constants, warps in (
         (sampling._summary_kernel, {"GROUP": 32}, 8),
-        (sampling._draw_kernel, {"LANES": sampling.LANES}, 8),
-        (sampling._draw_kernel, {"LANES": sampling.LANES, **greedy}, 8),
+        (sampling_draw.draw_kernel, {"LANES": sampling_draw.LANES}, 8),
+        (sampling_draw.draw_kernel, {"LANES": sampling_draw.LANES, **greedy}, 8),
         (sampling_threshold.threshold_kernel,
-         {"GROUPS": 4096, "SPLITS": 16, "CAPACITY": sampling_threshold.CAPACITY, "LANES": 512, "WIDTH": width}, 16),
+         {"GROUP": 32, "GROUPS": 4096, "SPLITS": 16, "SHIFT": shift, "CAPACITY": sampling_threshold.CAPACITY,
+          "LANES": 512, "WIDTH": width}, 16),
     ):
         ptx = compiled(kernel, constants, warps, logits)
         assert re.search(r"ld\.global[.\w]*v4\.b32", ptx), (kernel, logits)
         assert not re.search(r"(?:ld|st)\.local", ptx), (kernel, logits)
-compiled(sampling._combine_kernel, {"SPLITS": 16}, 1, "*bf16")
+compiled(sampling_draw.combine_kernel, {"SPLITS": 16}, 1, "*bf16")
 print("compiled")
 """
 
