@@ -1,6 +1,6 @@
 """Bits per byte of a finished model, byte by byte, as report.py reads them: `bits.npz` into --out.
 
-python experiments/train_tiny/measure.py --model fa_research/checkpoints/pybyte --data outputs/corpus.npz --out outputs/pybyte
+python experiments/train_tiny/measure.py --model fa_research/checkpoints/pybyte --out outputs/pybyte
 """
 
 from __future__ import annotations
