@@ -112,8 +112,15 @@ def _basic_reasons(
     ]
     if can.head_dims is not None:
         for dim in sorted({spec.head_dim, spec.v_head_dim}):
-            checks.append((dim in can.head_dims, f"head dim {dim}: takes {_list(sorted(can.head_dims))}"))
+            checks.append((dim in can.head_dims, f"head dim {dim}: takes {_dims(can.head_dims)}"))
     return [reason for ok, reason in checks if not ok]
+
+
+def _dims(dims: frozenset[int]) -> str:
+    smallest, largest = min(dims), max(dims)
+    if len(dims) > 5 and dims == set(range(smallest, largest + 1, smallest)):
+        return f"multiples of {smallest} up to {largest}"
+    return _list(dims)
 
 
 def _list(items: object) -> str:

@@ -34,7 +34,7 @@ class FA3Backend(FlashAttnBackend):
             devices=frozenset({"cuda"}),
             dtypes=frozenset({"float16", "bfloat16"}),
             mask_features=frozenset({"causal", "full", "window"} | chunk),
-            head_dims=frozenset({64, 96, 128, 192, 256}),
+            head_dims=frozenset({64, 96, 128, 192, 256}),  # those that the packages compile kernels for
             page_size_multiple=self._kernels.page_size_multiple[self.version],
             softcap=True,
             sinks=self.settings.dtype in self._kernels.sinks,

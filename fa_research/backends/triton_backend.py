@@ -45,7 +45,7 @@ class TritonBackend(AttentionBackend):
             devices=frozenset({"cuda", "cpu"}),
             dtypes=frozenset(dtypes),
             mask_features=frozenset({"causal", "full", "window", "chunk"}),
-            head_dims=frozenset({64, 128, 256}),
+            head_dims=frozenset(range(8, 257, 8)),  # the kernels pad them to powers of two
             softcap=True,
             sinks=True,
             returns_lse=True,

@@ -3,7 +3,11 @@ page table.
 
 Keys are walked in tiles of BLOCK_N that start at multiples of BLOCK_N, so that a tile never straddles a page
 when the page is a multiple of the tile, and a page never straddles a tile when the tile is a multiple of the
-page."""
+page.
+
+A head is a row of BLOCK_D columns, HEAD_DIM of them its own: the others are zeros that nobody loads or stores. Where
+the head dim is a power of two from 16 on, the code has no trace of them. K and V of heads that lie at multiples of 16
+elements are copied 16 bytes at a time; at others Triton knows no alignment and copies element by element."""
 
 from __future__ import annotations
 
@@ -42,6 +46,12 @@ def is_hopper(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def block_dim(head_dim: int) -> int:
+    """Columns of a tile of a head: the next power of two, as Triton wants it, and at least the 16 of matrix
+    products."""
+    return max(triton.next_power_of_2(head_dim), 16)
 
 
 @triton.jit
@@ -100,6 +110,16 @@ def load_pages(table_ptr, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
+def head_mask(live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mask of [rows, BLOCK_D]: the rows that are `live`, and of them what belongs to the head: behind it lies the next
+    one. Where nothing is padded the mask is that of the rows, and costs nothing a column."""
+    if BLOCK_D == HEAD_DIM:
+        return live[:, None]
+    else:
+        return live[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+
+
+@triton.jit
 def load_tile(
     base_ptr,
     pages,
@@ -110,14 +130,16 @@ def load_tile(
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """K or V of the keys [start, start + BLOCK_N) of one head; with MASKED, zeros outside [first, end).
+    """K or V of the keys [start, start + BLOCK_N) of one head; with MASKED, zeros outside [first, end). Zeros from
+    HEAD_DIM on.
 
     Slots outside may hold NaN, and 0 * NaN is NaN: they must not be read at all. Offsets are 64 bits wide: a
     pool has more than 2**31 elements. The stride of a slot is a constant, so that they cost a shift."""
     rows = tl.arange(0, BLOCK_N)
-    cols = tl.arange(0, HEAD_DIM)
+    cols = tl.arange(0, BLOCK_D)
     if PAGE_SIZE % BLOCK_N == 0:
         origin = base_ptr + (pages * PAGE_SIZE + start % PAGE_SIZE).to(tl.int64) * STRIDE
         pointers = origin + ((rows * STRIDE)[:, None] + cols[None, :])
@@ -130,6 +152,8 @@ def load_tile(
         pointers = base_ptr + (slots.to(tl.int64) * STRIDE)[:, None] + cols[None, :]
     if MASKED:
         live = (start + rows >= first) & (start + rows < end)
-        return tl.load(pointers, mask=live[:, None], other=0.0)
-    else:
+        return tl.load(pointers, mask=head_mask(live, HEAD_DIM, BLOCK_D), other=0.0)
+    elif BLOCK_D == HEAD_DIM:
         return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(cols < HEAD_DIM)[None, :], other=0.0)

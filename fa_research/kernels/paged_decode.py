@@ -28,7 +28,9 @@ import triton.language as tl
 from fa_research.kernels.common import (
     LN2,
     LOWEST,
+    block_dim,
     first_allowed,
+    head_mask,
     load_pages,
     load_tile,
     multiprocessors,
@@ -95,7 +97,7 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
                    stride_qb, stride_qh, stride_kh, stride_vh, stride_ob, stride_oh, stride_tb,
                    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
                    MAX_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr, HEAD_DIM: tl.constexpr,
-                   PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE_KN: tl.constexpr,
+                   BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE_KN: tl.constexpr,
                    STRIDE_VN: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
                    HAS_SOFTCAP: tl.constexpr, OVERLAP: tl.constexpr):
     if OVERLAP:
@@ -115,9 +117,10 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
     last_unit = tl.minimum(unit + share, total)
 
     rows = tl.arange(0, BLOCK_H)
-    cols = tl.arange(0, HEAD_DIM)
+    cols = tl.arange(0, BLOCK_D)
     keys = tl.arange(0, BLOCK_N)
     in_group = rows < GROUP
+    in_head = head_mask(in_group, HEAD_DIM, BLOCK_D)
     while unit < last_unit:
         # Which pair, and which of its tiles.
         request = tl.sum((ends <= unit).to(tl.int32), 0)
@@ -140,18 +143,18 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
 
         q_heads = head * GROUP + rows
         q_rows = q_ptr + request.to(tl.int64) * stride_qb + q_heads * stride_qh
-        q = tl.load(q_rows[:, None] + cols[None, :], mask=in_group[:, None], other=0.0)
+        q = tl.load(q_rows[:, None] + cols[None, :], mask=in_head, other=0.0)
         k_head = k_ptr + head * stride_kh
         v_head = v_ptr + head * stride_vh
         table = table_ptr + request.to(tl.int64) * stride_tb
         peak = tl.full([BLOCK_H], LOWEST, tl.float32)
         norm = tl.zeros([BLOCK_H], tl.float32)
-        acc = tl.zeros([BLOCK_H, HEAD_DIM], tl.float32)
+        acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
         # Page ids come one tile ahead: the loads of K and V then depend on nothing that is still under way.
         pages = load_pages(table, low, high, PAGE_SIZE, BLOCK_N, True)
         for start in tl.range(low, high, BLOCK_N):
-            k = load_tile(k_head, pages, start, first, high, STRIDE_KN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
-            v = load_tile(v_head, pages, start, first, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
+            k = load_tile(k_head, pages, start, first, high, STRIDE_KN, PAGE_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+            v = load_tile(v_head, pages, start, first, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, True)
             pages = load_pages(table, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, True)
             live = (start + keys >= first) & (start + keys < high)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -169,12 +172,12 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, sinks_ptr, out_p
                 result = result * sink_factor(sinks, lse2)[:, None]
             out_rows = out_ptr + request.to(tl.int64) * stride_ob + q_heads * stride_oh
             rounded = result.to(out_ptr.dtype.element_ty)
-            tl.store(out_rows[:, None] + cols[None, :], rounded, mask=in_group[:, None])
+            tl.store(out_rows[:, None] + cols[None, :], rounded, mask=in_head)
             if lse_ptr is not None:
                 tl.store(lse_ptr + request * (KV_HEADS * GROUP) + q_heads, lse2 * LN2, mask=in_group)
         else:
             parts = slot.to(tl.int64) * GROUP + rows
-            tl.store(partial_ptr + (parts * HEAD_DIM)[:, None] + cols[None, :], result, mask=in_group[:, None])
+            tl.store(partial_ptr + (parts * HEAD_DIM)[:, None] + cols[None, :], result, mask=in_head)
             tl.store(partial_lse_ptr + parts, lse2, mask=in_group)
         unit += taken
 
@@ -184,7 +187,8 @@ def _combine_kernel(seqlens_ptr, sinks_ptr, out_ptr, lse_ptr, partial_ptr, parti
                     stride_ob, stride_oh,
                     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
                     MAX_SPLITS: tl.constexpr, MIN_TILES: tl.constexpr, HEAD_DIM: tl.constexpr,
-                    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr):
+                    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+                    OVERLAP: tl.constexpr):
     """Merge the partial results of one (request, query head); nothing to do where one worker had it all."""
     if OVERLAP:
         # In every program: else this kernel, and so the next one's wait for it, could end before the first does.
@@ -210,10 +214,10 @@ def _combine_kernel(seqlens_ptr, sinks_ptr, out_ptr, lse_ptr, partial_ptr, parti
 
     if pieces > 1:
         splits = tl.arange(0, BLOCK_S)
-        cols = tl.arange(0, HEAD_DIM)
+        cols = tl.arange(0, BLOCK_D)
         peak = tl.full([], LOWEST, tl.float32)
         norm = tl.zeros([], tl.float32)
-        acc = tl.zeros([HEAD_DIM], tl.float32)
+        acc = tl.zeros([BLOCK_D], tl.float32)
         for start in range(0, pieces, BLOCK_S):
             live = start + splits < pieces
             slots = slot + start + splits
@@ -222,7 +226,7 @@ def _combine_kernel(seqlens_ptr, sinks_ptr, out_ptr, lse_ptr, partial_ptr, parti
             parts = slots.to(tl.int64) * GROUP + q_head % GROUP
             lse2 = tl.load(partial_lse_ptr + parts, mask=live, other=float("-inf"))
             rows = partial_ptr + parts * HEAD_DIM
-            result = tl.load(rows[:, None] + cols[None, :], mask=live[:, None], other=0.0)
+            result = tl.load(rows[:, None] + cols[None, :], mask=head_mask(live, HEAD_DIM, BLOCK_D), other=0.0)
             new_peak = tl.maximum(peak, tl.max(lse2, 0))
             weights = tl.exp2(lse2 - new_peak)
             shrink = tl.exp2(peak - new_peak)
@@ -235,7 +239,10 @@ def _combine_kernel(seqlens_ptr, sinks_ptr, out_ptr, lse_ptr, partial_ptr, parti
         if sinks_ptr is not None:
             result = result * sink_factor(tl.load(sinks_ptr + q_head), lse2)
         out_row = out_ptr + request.to(tl.int64) * stride_ob + q_head * stride_oh
-        tl.store(out_row + cols, result.to(out_ptr.dtype.element_ty))
+        if BLOCK_D == HEAD_DIM:
+            tl.store(out_row + cols, result.to(out_ptr.dtype.element_ty))
+        else:
+            tl.store(out_row + cols, result.to(out_ptr.dtype.element_ty), mask=cols < HEAD_DIM)
         if lse_ptr is not None:
             tl.store(lse_ptr + request * (KV_HEADS * GROUP) + q_head, lse2 * LN2)
 # fmt: on
@@ -321,16 +328,16 @@ def paged_decode(
         scale, softcap, batch, q_BHD.stride(0), q_BHD.stride(1), k_NKD.stride(1), v_NKV.stride(1),
         out.stride(0), out.stride(1), page_table_BP.stride(0),
         KV_HEADS=kv_heads, GROUP=group, BLOCK_B=block_b, BLOCK_H=max(triton.next_power_of_2(group), 16),
-        MAX_SPLITS=max_splits, MIN_TILES=min_tiles, HEAD_DIM=head_dim, PAGE_SIZE=page_size,
-        BLOCK_N=config.block_n, STRIDE_KN=k_NKD.stride(0), STRIDE_VN=v_NKV.stride(0), WINDOW=window,
-        CHUNK=chunk, HAS_SOFTCAP=softcap > 0, OVERLAP=overlap,
+        MAX_SPLITS=max_splits, MIN_TILES=min_tiles, HEAD_DIM=head_dim, BLOCK_D=block_dim(head_dim),
+        PAGE_SIZE=page_size, BLOCK_N=config.block_n, STRIDE_KN=k_NKD.stride(0), STRIDE_VN=v_NKV.stride(0),
+        WINDOW=window, CHUNK=chunk, HAS_SOFTCAP=softcap > 0, OVERLAP=overlap,
         num_warps=config.num_warps, num_stages=config.num_stages)
     if combine:
         _combine_kernel[(batch * heads,)](
             cache_seqlens_B, sinks_H, out, lse, partial, partial_lse, batch, workers,
             out.stride(0), out.stride(1), KV_HEADS=kv_heads, GROUP=group, BLOCK_B=block_b, BLOCK_S=16,
-            MAX_SPLITS=max_splits, MIN_TILES=min_tiles, HEAD_DIM=head_dim, BLOCK_N=config.block_n,
-            WINDOW=window, CHUNK=chunk, OVERLAP=overlap, num_warps=4,
-            **({"launch_pdl": True} if overlap else {}))
+            MAX_SPLITS=max_splits, MIN_TILES=min_tiles, HEAD_DIM=head_dim, BLOCK_D=block_dim(head_dim),
+            BLOCK_N=config.block_n, WINDOW=window, CHUNK=chunk, OVERLAP=overlap,
+            num_warps=4, **({"launch_pdl": True} if overlap else {}))
     # fmt: on
     return out, lse

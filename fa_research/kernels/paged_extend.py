@@ -23,7 +23,9 @@ import triton.language as tl
 from fa_research.kernels.common import (
     LN2,
     LOWEST,
+    block_dim,
     first_allowed,
+    head_mask,
     load_pages,
     load_tile,
     online_softmax,
@@ -69,15 +71,15 @@ def _mask(scores, start, positions, high, BLOCK_N: tl.constexpr, CAUSAL: tl.cons
 
 @triton.jit
 def _masked_tiles(acc, norm, peak, q, positions, k_head, v_head, table, first, low, high, scale, softcap,
-                  HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE_KN: tl.constexpr,
-                  STRIDE_VN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-                  HAS_SOFTCAP: tl.constexpr):
+                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+                  STRIDE_KN: tl.constexpr, STRIDE_VN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                  CHUNK: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """Attend to the keys [first, high), in tiles from `low` on, of which some rows may not see some keys."""
     # Page ids are fetched one tile ahead: the loads of K and V then depend on nothing that is still under way.
     pages = load_pages(table, low, high, PAGE_SIZE, BLOCK_N, True)
     for start in tl.range(low, high, BLOCK_N):
-        k = load_tile(k_head, pages, start, first, high, STRIDE_KN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
-        v = load_tile(v_head, pages, start, first, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
+        k = load_tile(k_head, pages, start, first, high, STRIDE_KN, PAGE_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+        v = load_tile(v_head, pages, start, first, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         pages = load_pages(table, start + BLOCK_N, high, PAGE_SIZE, BLOCK_N, True)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = _mask(scores, start, positions, high, BLOCK_N, CAUSAL, WINDOW, CHUNK)
@@ -88,9 +90,9 @@ def _masked_tiles(acc, norm, peak, q, positions, k_head, v_head, table, first, l
 
 @triton.jit
 def _main_tiles(acc, norm, peak, q, positions, k_head, v_head, table, low, top, high, scale, softcap,
-                HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE_KN: tl.constexpr,
-                STRIDE_VN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-                HAS_SOFTCAP: tl.constexpr):
+                HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+                STRIDE_KN: tl.constexpr, STRIDE_VN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                CHUNK: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """Attend to the tiles from the one at `top`, which alone is masked, down to the one at `low`.
 
     The scores of a tile are computed one step ahead of their softmax (as flash-attention 3 does), so that the tensor
@@ -98,22 +100,22 @@ def _main_tiles(acc, norm, peak, q, positions, k_head, v_head, table, low, top, 
     are needed, for K and V apart: a value handed on through two steps would keep the compiler from pipelining the loop.
     """
     v_pages = load_pages(table, top, high, PAGE_SIZE, BLOCK_N, True)
-    k = load_tile(k_head, v_pages, top, low, high, STRIDE_KN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
+    k = load_tile(k_head, v_pages, top, low, high, STRIDE_KN, PAGE_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     k_pages = load_pages(table, tl.maximum(top - BLOCK_N, low), high, PAGE_SIZE, BLOCK_N, True)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     scores = _mask(scores, top, positions, high, BLOCK_N, CAUSAL, WINDOW, CHUNK)
     for done in tl.range(0, top - low, BLOCK_N):
         start = top - BLOCK_N - done
         last = start + BLOCK_N
-        k = load_tile(k_head, k_pages, start, low, high, STRIDE_KN, PAGE_SIZE, BLOCK_N, HEAD_DIM, False)
-        v = load_tile(v_head, v_pages, last, low, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
+        k = load_tile(k_head, k_pages, start, low, high, STRIDE_KN, PAGE_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+        v = load_tile(v_head, v_pages, last, low, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         v_pages = load_pages(table, start, high, PAGE_SIZE, BLOCK_N, False)
         k_pages = load_pages(table, tl.maximum(start - BLOCK_N, low), high, PAGE_SIZE, BLOCK_N, False)
         next_scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         scores = next_scores
-    v = load_tile(v_head, v_pages, low, low, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, True)
+    v = load_tile(v_head, v_pages, low, low, high, STRIDE_VN, PAGE_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     p, shrink, norm, peak = online_softmax(scores, norm, peak, scale, softcap, HAS_SOFTCAP)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, norm, peak
@@ -124,9 +126,9 @@ def _extend_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, starts_ptr, sink
                    scale, softcap, batch,
                    stride_qt, stride_qh, stride_kh, stride_vh, stride_ot, stride_oh, stride_tb,
                    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr,
-                   HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE_KN: tl.constexpr,
-                   STRIDE_VN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-                   HAS_SOFTCAP: tl.constexpr):
+                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+                   STRIDE_KN: tl.constexpr, STRIDE_VN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                   CHUNK: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     requests = tl.arange(0, BLOCK_B)
     starts = tl.load(starts_ptr + requests, mask=requests < batch, other=0)
@@ -145,13 +147,14 @@ def _extend_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, starts_ptr, sink
         seqlen = tl.load(seqlens_ptr + request)
 
         rows = tl.arange(0, BLOCK_M)
-        cols = tl.arange(0, HEAD_DIM)
+        cols = tl.arange(0, BLOCK_D)
         tokens = tile * TOKENS + rows // GROUP
         live = (rows < TOKENS * GROUP) & (tokens < q_len)
+        in_head = head_mask(live, HEAD_DIM, BLOCK_D)
         q_heads = head * GROUP + rows % GROUP
         at = (start + tokens).to(tl.int64)
         q_rows = q_ptr + (at * stride_qt + q_heads * stride_qh)
-        q = tl.load(q_rows[:, None] + cols[None, :], mask=live[:, None], other=0.0)
+        q = tl.load(q_rows[:, None] + cols[None, :], mask=in_head, other=0.0)
 
         # What the tile's rows may see: [first, high) any of them, [low_all, high_all) all of them, in whole tiles.
         positions = seqlen - q_len + tokens
@@ -167,7 +170,7 @@ def _extend_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, starts_ptr, sink
         k_head = k_ptr + head * stride_kh
         v_head = v_ptr + head * stride_vh
         table = table_ptr + request.to(tl.int64) * stride_tb
-        acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
         peak = tl.full([BLOCK_M], LOWEST, tl.float32)
         if WINDOW > 0 or CHUNK > 0:
@@ -177,16 +180,19 @@ def _extend_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, starts_ptr, sink
             high_all = tl.maximum(high_all, low)
             acc, norm, peak = _masked_tiles(
                 acc, norm, peak, q, positions, k_head, v_head, table, first, first // BLOCK_N * BLOCK_N, low, scale,
-                softcap, HEAD_DIM, PAGE_SIZE, BLOCK_N, STRIDE_KN, STRIDE_VN, CAUSAL, WINDOW, CHUNK, HAS_SOFTCAP)
+                softcap, HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_N, STRIDE_KN, STRIDE_VN, CAUSAL, WINDOW, CHUNK,
+                HAS_SOFTCAP)
         # The main loop begins with one masked tile; there are more only if the rows' positions straddle tiles.
         top = tl.minimum(high_all, (tl.cdiv(high, BLOCK_N) - 1) * BLOCK_N)
         acc, norm, peak = _masked_tiles(
             acc, norm, peak, q, positions, k_head, v_head, table, low, top + BLOCK_N, high, scale,
-            softcap, HEAD_DIM, PAGE_SIZE, BLOCK_N, STRIDE_KN, STRIDE_VN, CAUSAL, WINDOW, CHUNK, HAS_SOFTCAP)
+            softcap, HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_N, STRIDE_KN, STRIDE_VN, CAUSAL, WINDOW, CHUNK,
+            HAS_SOFTCAP)
         if top >= low:
             acc, norm, peak = _main_tiles(
                 acc, norm, peak, q, positions, k_head, v_head, table, low, top, high, scale,
-                softcap, HEAD_DIM, PAGE_SIZE, BLOCK_N, STRIDE_KN, STRIDE_VN, CAUSAL, WINDOW, CHUNK, HAS_SOFTCAP)
+                softcap, HEAD_DIM, BLOCK_D, PAGE_SIZE, BLOCK_N, STRIDE_KN, STRIDE_VN, CAUSAL, WINDOW, CHUNK,
+                HAS_SOFTCAP)
 
         # norm is 0 only where nothing was allowed: then out is 0 and lse -inf.
         norm = tl.where(norm > 0, norm, 1.0)
@@ -196,7 +202,7 @@ def _extend_kernel(q_ptr, k_ptr, v_ptr, table_ptr, seqlens_ptr, starts_ptr, sink
             factor *= sink_factor(tl.load(sinks_ptr + q_heads, mask=live, other=0.0), lse2)
         out_rows = out_ptr + (at * stride_ot + q_heads * stride_oh)
         out = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_rows[:, None] + cols[None, :], out, mask=live[:, None])
+        tl.store(out_rows[:, None] + cols[None, :], out, mask=in_head)
         if lse_ptr is not None:
             tl.store(lse_ptr + at * (KV_HEADS * GROUP) + q_heads, lse2 * LN2, mask=live)
 # fmt: on
@@ -262,7 +268,7 @@ def paged_extend(
         scale, softcap, batch, q_THD.stride(0), q_THD.stride(1), k_NKD.stride(1), v_NKV.stride(1),
         out.stride(0), out.stride(1), page_table_BP.stride(0),
         KV_HEADS=kv_heads, GROUP=group, BLOCK_B=max(triton.next_power_of_2(batch), 16), BLOCK_M=block_m,
-        HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_N=config.block_n,
+        HEAD_DIM=head_dim, BLOCK_D=block_dim(head_dim), PAGE_SIZE=page_size, BLOCK_N=config.block_n,
         STRIDE_KN=k_NKD.stride(0), STRIDE_VN=v_NKV.stride(0), CAUSAL=causal, WINDOW=window, CHUNK=chunk,
         HAS_SOFTCAP=softcap > 0, num_warps=config.num_warps, num_stages=config.num_stages)
     # fmt: on

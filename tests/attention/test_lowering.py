@@ -109,6 +109,12 @@ def test_a_sink_without_an_lse_is_refused() -> None:
         (spec(), {"page_size_multiple": 256}, {}, "kv.page_size=16: must be a multiple of 256"),
         (spec(softcap=30.0), {}, {}, "softcap=30.0"),
         (spec(head_dim=80, v_head_dim=80), {}, {}, "head dim 80: takes 64, 128"),
+        (
+            spec(head_dim=12, v_head_dim=12),
+            {"head_dims": frozenset(range(8, 257, 8))},
+            {},
+            "head dim 12: takes multiples of 8 up to 256",
+        ),
         (spec(v_head_dim=512), {"own_v_head_dim": True}, {}, "head dim 512"),
         (
             spec(v_head_dim=128),

@@ -95,7 +95,7 @@ def test_options_of_the_refused_backend_do_not_count_against_the_others() -> Non
 
 @NO_GPU
 def test_unsupported_lists_every_reason_once() -> None:
-    bad = replace(SPEC, head_dim=80, v_head_dim=80)
+    bad = replace(SPEC, head_dim=100, v_head_dim=100)
     with pytest.raises(Unsupported) as error:
         backends.create("triton", settings(dtype=torch.bfloat16), [SPEC, bad, bad])
     assert "torch" in error.value.alternatives and "triton" not in error.value.alternatives
@@ -103,13 +103,13 @@ def test_unsupported_lists_every_reason_once() -> None:
     assert len(reasons) == len(set(reasons)) == 2
     assert (
         "dtype bfloat16: takes float16, float32" in reasons[0]
-        and "head dim 80: takes 64, 128, 256" in reasons[1]
+        and "head dim 100: takes multiples of 8 up to 256" in reasons[1]
     )
     assert str(error.value).startswith("backend=triton does not support this combination: ")
 
 
 def test_one_layer_of_many_may_be_the_reason() -> None:
-    odd = replace(SPEC, head_dim=40, v_head_dim=40)
+    odd = replace(SPEC, head_dim=36, v_head_dim=36)
     assert backends.reasons_against("triton", settings(), [SPEC] * 3) == ()
     assert len(backends.reasons_against("triton", settings(), [SPEC, SPEC, odd])) == 1
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# Padded to 16, 32, 64, 128 and 256; those that 16 does not divide are not aligned to 16 bytes in every dtype.
+ODD_HEAD_DIMS = [8, 24, 40, 80, 96, 112, 192]
 # bfloat16 is silently wrong in Triton's interpreter.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -57,6 +59,17 @@ def make_case(
     lens = torch.tensor(seqlens, dtype=torch.int32)
     q, k, v = (x.to(DEVICE, dtype) for x in (q, k, v))
     return Case(q, k, v, table.to(DEVICE), lens.to(DEVICE), cu.to(DEVICE), page_size)
+
+
+def crowded(case: Case) -> tuple[Case, torch.Tensor]:
+    """The case with 8 elements of NaN behind every head of q, K and V; and an output [T, H, D + 8], all of it 7."""
+
+    def apart(x: torch.Tensor, filler: float) -> torch.Tensor:
+        return torch.full((*x.shape[:2], x.shape[2] + 8), filler, dtype=x.dtype, device=x.device)
+
+    wide = [apart(x, float("nan")) for x in (case.q, case.k, case.v)]
+    q, k, v = (new[..., :-8].copy_(x) for new, x in zip(wide, (case.q, case.k, case.v), strict=True))
+    return replace(case, q=q, k=k, v=v), apart(q, 7.0)
 
 
 def slots_of(table_P: torch.Tensor, length: int, page_size: int) -> torch.Tensor:

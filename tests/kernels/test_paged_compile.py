@@ -15,7 +15,7 @@ import pathlib, re, subprocess, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fa_research.kernels import paged_decode, paged_extend
+from fa_research.kernels import common, paged_decode, paged_extend
 
 TYPES = {"table_ptr": "*i32", "seqlens_ptr": "*i32", "starts_ptr": "*i32", "scale": "fp32", "softcap": "fp32"}
 COMMON = {"KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "PAGE_SIZE": 16, "STRIDE_KN": 1024, "STRIDE_VN": 1024,
@@ -50,7 +50,7 @@ def stack_bytes(program):
 def decode(dtype="bf16", itemsize=2, **changes):
     shape = COMMON | DECODE | changes
     config = paged_decode.decode_config(shape["HEAD_DIM"], shape["GROUP"], itemsize, shape["PAGE_SIZE"])
-    shape |= {"BLOCK_N": config.block_n}
+    shape |= {"BLOCK_N": config.block_n, "BLOCK_D": common.block_dim(shape["HEAD_DIM"])}
     compiled(paged_decode._combine_kernel, shape, dtype, 4, 3)
     return compiled(paged_decode._decode_kernel, shape, dtype, config.num_warps, config.num_stages)
 
@@ -58,12 +58,14 @@ def extend(dtype="bf16", itemsize=2, **changes):
     shape = COMMON | {"CAUSAL": True} | changes
     config = paged_extend.extend_config(shape["HEAD_DIM"], shape["GROUP"], itemsize, shape["PAGE_SIZE"])
     shape |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m}
+    shape |= {"BLOCK_D": common.block_dim(shape["HEAD_DIM"])}
     return compiled(paged_extend._extend_kernel, shape, dtype, config.num_warps, config.num_stages)
 
-for page_size in (16, 128):
-    program = decode(PAGE_SIZE=page_size)
+for page_size, head_dim in ((16, 128), (128, 128), (16, 96)):
+    shape = {"PAGE_SIZE": page_size, "HEAD_DIM": head_dim, "STRIDE_KN": 8 * head_dim, "STRIDE_VN": 8 * head_dim}
+    program = decode(**shape)
     assert copies(program) == {"0x10"} and stack_bytes(program) == 0
-    program = extend(PAGE_SIZE=page_size)
+    program = extend(**shape)
     assert copies(program) == {"0x10"} and stack_bytes(program) == 0
     assert "wgmma.mma_async" in program.asm["ptx"]
 some = {"sinks_ptr", "lse_ptr"}

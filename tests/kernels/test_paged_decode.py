@@ -9,9 +9,11 @@ from fa_research.kernels.paged_decode import DecodeConfig, decode_config, paged_
 from tests.kernels.attention_oracle import (
     DEVICE,
     DTYPES,
+    ODD_HEAD_DIMS,
     TOLERANCE,
     Case,
     assert_close,
+    crowded,
     make_case,
     oracle,
     slots_of,
@@ -102,6 +104,26 @@ def test_default_configuration(head_dim: int, dtype: torch.dtype) -> None:
     check(
         make_case([5, 200], page_size=16, heads=2, kv_heads=1, head_dim=head_dim, dtype=dtype), _config=None
     )
+
+
+@pytest.mark.parametrize("head_dim", ODD_HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_dims_that_are_no_power_of_two(head_dim: int, dtype: torch.dtype) -> None:
+    case = make_case([5, 200], page_size=16, heads=2, kv_heads=1, head_dim=head_dim, dtype=dtype)
+    check(case, _config=None)
+    check(case, semantics={"window": 40}, num_splits=3)
+
+
+@pytest.mark.parametrize("head_dim", [*ODD_HEAD_DIMS, 32])
+@pytest.mark.parametrize("page_size", [5, 16])
+@pytest.mark.parametrize("num_splits", [0, 1, 3])
+def test_nothing_behind_a_head_is_read_or_written(head_dim: int, page_size: int, num_splits: int) -> None:
+    case = make_case([49, 17], page_size=page_size, heads=4, kv_heads=2, head_dim=head_dim)
+    expected, _ = oracle(case, scale=SCALE)
+    case, out = crowded(case)
+    decode(case, num_splits=num_splits, out=out[..., :head_dim])
+    assert_close(out[..., :head_dim], expected, 2e-5)
+    assert (out[..., head_dim:] == 7).all()
 
 
 def test_more_requests_than_workers_and_the_other_way_round() -> None:
@@ -199,7 +221,7 @@ def test_offsets_pass_two_to_the_31(page_size: int) -> None:
 def test_launch_configuration_does_not_know_the_batch() -> None:
     """`deterministic` rests on it."""
     assert decode_config(128, 4, 2, 16) == decode_config(128, 4, 2, 16)
-    for head_dim in (64, 128, 256):
+    for head_dim in (64, 128, 256, *ODD_HEAD_DIMS):
         for itemsize in (2, 4):
             config = decode_config(head_dim, 4, itemsize, 16)
             assert config.block_n >= 16 and config.block_n & (config.block_n - 1) == 0

@@ -10,9 +10,11 @@ from fa_research.kernels.paged_extend import ExtendConfig, paged_extend
 from tests.kernels.attention_oracle import (
     DEVICE,
     DTYPES,
+    ODD_HEAD_DIMS,
     TOLERANCE,
     Case,
     assert_close,
+    crowded,
     make_case,
     oracle,
     slots_of,
@@ -90,6 +92,26 @@ def test_group_sizes(heads: int, kv_heads: int) -> None:
 def test_default_configuration(head_dim: int, dtype: torch.dtype) -> None:
     case = make_case([5, 200], [5, 90], page_size=16, heads=4, kv_heads=1, head_dim=head_dim, dtype=dtype)
     check(case, _config=None)
+
+
+@pytest.mark.parametrize("head_dim", ODD_HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_dims_that_are_no_power_of_two(head_dim: int, dtype: torch.dtype) -> None:
+    case = make_case([5, 200], [5, 90], page_size=16, heads=4, kv_heads=1, head_dim=head_dim, dtype=dtype)
+    check(case, _config=None)
+
+
+@pytest.mark.parametrize("head_dim", [*ODD_HEAD_DIMS, 32])
+@pytest.mark.parametrize("page_size", [5, 16])
+@pytest.mark.parametrize("semantics", [{}, {"window": 21}], ids=str)
+def test_nothing_behind_a_head_is_read_or_written(head_dim: int, page_size: int, semantics: dict) -> None:
+    """In tiles that are masked and in those that are not."""
+    case = make_case([49, 17], [20, 17], page_size=page_size, heads=4, kv_heads=2, head_dim=head_dim)
+    expected, _ = oracle(case, scale=SCALE, **semantics)
+    case, out = crowded(case)
+    extend(case, out=out[..., :head_dim], **semantics)
+    assert_close(out[..., :head_dim], expected, 2e-5)
+    assert (out[..., head_dim:] == 7).all()
 
 
 @pytest.mark.parametrize("block", [(16, 32), (64, 16), (32, 32)])

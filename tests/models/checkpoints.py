@@ -43,10 +43,18 @@ def windows(*kinds: str) -> dict[str, Any]:
 LLAMA_3 = rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
-LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 10000.0,
-    "short_factor": [1 + 0.05 * i for i in range(32)], "long_factor": [1.5 + 0.25 * i for i in range(32)],
-}  # fmt: skip
+
+
+def phi(original: int, head_dim: int) -> dict[str, Any]:
+    """LongRoPE has a factor for each pair of a head's dims."""
+    pairs = range(head_dim // 2)
+    factors = {"short_factor": [1 + 0.05 * i for i in pairs], "long_factor": [1.5 + 0.25 * i for i in pairs]}
+    return {
+        **rope("longrope", **factors),
+        "hidden_size": 4 * head_dim,
+        "original_max_position_embeddings": original,
+        "sliding_window": None,
+    }
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,6 @@ QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window
 GEMMA = {"hidden_size": 192, "query_pre_attn_scalar": 100}
 YARN = rope("yarn", factor=16.0, original_max_position_embeddings=ORIGINAL, truncate=False)
 YARN["max_position_embeddings"] = 16 * ORIGINAL
-PHI = {"rope_parameters": LONGROPE, "sliding_window": None}
 PEERS = {
     "llama": Peer("Llama", LLAMA_3),
     "llama-tied": Peer("Llama", {"tie_word_embeddings": True}),
@@ -144,8 +151,8 @@ PEERS = {
         {"head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 3} | windows("s", "f")
         | YARN,
     ),
-    "phi3-long": Peer("Phi3", PHI | {"original_max_position_embeddings": ORIGINAL}, by_length=True),
-    "phi3-short": Peer("Phi3", PHI | {"original_max_position_embeddings": 400}, by_length=True),
+    "phi3-long": Peer("Phi3", phi(ORIGINAL, head_dim=64), by_length=True),
+    "phi3-short": Peer("Phi3", phi(400, head_dim=96), by_length=True),
 }  # fmt: skip
 
 

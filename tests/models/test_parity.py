@@ -137,7 +137,9 @@ def test_greedy_text_is_what_generate_writes(pair: Pair) -> None:
         assert len(set(sequence[len(prompt) :])) > 3 or pair.ours.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize(("name", "page_size"), [("gptoss", 1), ("gemma2", 16), ("mistral", 128)])
+@pytest.mark.parametrize(
+    ("name", "page_size"), [("gptoss", 1), ("gemma2", 16), ("phi3-short", 16), ("mistral", 128)]
+)
 def test_interpreted_kernels(name: str, page_size: int, tmp_path: Path) -> None:
     pair = make_pair(name, tmp_path)
     lab = Lab(INTERPRETED, page_size, loaded=pair.ours)

@@ -62,7 +62,7 @@ LENS: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
 _COMMON: dict[str, Sequence[Any]] = {
     "softcap": (0.0, 4.0),
     "has_sink": (False, True),
-    "head_dim": (64, 128, 256),
+    "head_dim": (64, 128, 256, 96),
 }
 DIMENSIONS: dict[str, dict[str, Sequence[Any]]] = {
     "cpu": {
@@ -72,6 +72,7 @@ DIMENSIONS: dict[str, dict[str, Sequence[Any]]] = {
         "heads": ((2, 2), (4, 1), (6, 2)),
         "dtype": (torch.float32, torch.float16),
         **_COMMON,
+        "head_dim": (*_COMMON["head_dim"], 40),
     },
     "cuda": {
         "mask": (Causal(), SlidingWindow(100), Chunked(256), Full()),
