@@ -140,11 +140,11 @@ def test_kept_sets_are_the_same_in_leading_groups_and_in_the_row(kind: str, dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_infinity_is_above_the_largest_finite_logit(dtype: torch.dtype, capacity: int) -> None:
     """Though they share a key of bfloat16. (In float32 it counts as the largest finite number.)"""
-    x_BX = torch.randn(2, 4200).to(dtype).to(DEVICE)
+    x_BX = torch.randn(3, 4200).to(dtype).to(DEVICE)
     largest = min(torch.finfo(dtype).max, 3.39e38)
     x_BX[:, [5, 9]] = torch.tensor([largest, float("inf")], dtype=dtype, device=DEVICE)
-    kept_BX = by_kernel(x_BX, [Params(top_k=1), Params(top_p=0.5)], capacity)
-    assert kept_BX.nonzero().tolist() == [[0, 9], [1, 9]]
+    kept_BX = by_kernel(x_BX, [Params(top_k=1), Params(top_p=0.5), Params(1.0, 3, 0.5)], capacity)
+    assert kept_BX.nonzero().tolist() == [[0, 9], [1, 9], [2, 9]]
 
 
 @pytest.mark.parametrize("kind", ["flat", "peaked"])
