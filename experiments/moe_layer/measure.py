@@ -135,8 +135,9 @@ def run_cell(model: str, layers: list[MoE], tokens: int, writer: RowWriter) -> N
     flops = 2 * tokens * config.moe.experts_per_token * layers[0].gate_up[0].numel() * 1.5
     floor_us = max(read / roof.bytes_per_s, flops / roof.flops_per_s) * 1e6
     pairs, count = tokens * config.moe.experts_per_token, config.moe.num_experts
+    inner = layers[0].down.shape[2]
     tiles = [
-        asdict(choose_tiles(pairs, count, gated, DTYPE.itemsize, is_hopper(DEVICE)))
+        asdict(choose_tiles(pairs, count, inner, gated, DTYPE.itemsize, is_hopper(DEVICE)))
         for gated in (True, False)
     ]
     line = (

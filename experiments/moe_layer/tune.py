@@ -94,8 +94,10 @@ def tune(model: str) -> None:
     for tokens in BATCHES:
         x_TE = torch.randn(tokens, config.hidden_size, dtype=DTYPE, device=DEVICE)
         pairs, count = tokens * config.moe.experts_per_token, config.moe.num_experts
+        inner = layers[0].down.shape[2]
         now = [
-            choose_tiles(pairs, count, gated, DTYPE.itemsize, is_hopper(DEVICE)) for gated in (True, False)
+            choose_tiles(pairs, count, inner, gated, DTYPE.itemsize, is_hopper(DEVICE))
+            for gated in (True, False)
         ]
         paths: Paths = {"now": partial(run_tiles, layers, x_TE, (now[0], now[1]))}
         for tiles in candidates(average(config, tokens)):

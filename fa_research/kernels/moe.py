@@ -28,6 +28,7 @@ from fa_research.kernels.common import is_hopper, overlaps_launches
 from fa_research.kernels.moe_routing import combine, route
 
 GROUP = tl.constexpr(8)
+MULTIPROCESSORS = 132  # of an H200, and of an H100 with SXM
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +45,22 @@ class Tiles:
     swap: bool = False
 
 
-def choose_tiles(num_pairs: int, num_experts: int, gated: bool, itemsize: int, hopper: bool) -> Tiles:
+def choose_tiles(
+    num_pairs: int, num_experts: int, inner: int, gated: bool, itemsize: int, hopper: bool
+) -> Tiles:
     """For the tokens that an expert has on average. Block sizes are elements of 2 bytes; wider ones get fewer.
 
     `hopper`: tiles tuned on an H200, which other GPUs have not the shared memory for (up to 192 KiB). Those without
-    need no more than 96 KiB where there is no wgmma."""
+    need no more than 96 KiB where there is no wgmma. With 16 x 64 x 128 two programs share a multiprocessor (108 KiB
+    each), with 16 x 64 x 64 four (54 KiB): where all run at once with the latter only, the former was slower."""
     average = num_pairs / num_experts
     block_k = 128 // itemsize
     large = hopper and itemsize == 2  # float32 would spill registers
     if average <= 8:
-        return Tiles(16, 64, 2 * block_k if gated and large else block_k, 4, 4)
+        programs = max_blocks(num_pairs, num_experts, 16) * triton.cdiv(inner, 64)
+        at_once_if_narrow = 2 * MULTIPROCESSORS < programs <= 4 * MULTIPROCESSORS
+        wide = gated and large and not at_once_if_narrow
+        return Tiles(16, 64, 2 * block_k if wide else block_k, 4, 4)
     if average <= 24:
         return Tiles(32, 64, block_k, 4, 4)
     if average <= 96:
@@ -187,7 +194,9 @@ def moe(
     assert activation in ("silu", "gelu_tanh", "swiglu_clamped"), activation
     num_pairs, device = num_tokens * experts_per_token, x_TE.device
     given = (x_TE.element_size(), is_hopper(device))
-    first, second = tiles or (choose_tiles(num_pairs, num_experts, gated, *given) for gated in (True, False))
+    first, second = tiles or (
+        choose_tiles(num_pairs, num_experts, inner, gated, *given) for gated in (True, False)
+    )
     overlap = overlaps_launches(device)
     weights_TJ, counts_N, pairs_NT = route(logits_TN, experts_per_token, renormalise)
     inner_PF = torch.empty((num_pairs, inner), dtype=x_TE.dtype, device=device)

@@ -155,9 +155,20 @@ def test_no_routing_needs_more_blocks_than_the_grid_has() -> None:
 
 @pytest.mark.parametrize("hopper", [False, True])
 def test_more_tokens_an_expert_take_larger_blocks(hopper: bool) -> None:
-    sizes = [choose_tiles(tokens * 8, 128, True, 2, hopper).block_m for tokens in (1, 64, 256, 1024, 4096)]
+    sizes = [
+        choose_tiles(tokens * 8, 128, 768, True, 2, hopper).block_m for tokens in (1, 64, 256, 1024, 4096)
+    ]
     assert sizes == sorted(sizes)
     assert sizes[0] == 16 and sizes[-1] == 128
+
+
+def test_wide_tiles_do_not_cost_a_second_wave() -> None:
+    def width(pairs: int, experts: int, inner: int) -> int:
+        return choose_tiles(pairs, experts, inner, True, 2, True).block_k
+
+    assert width(2, 8, 14336) == 64  # 448 programs: four a multiprocessor hold them, two do not
+    assert width(8, 128, 768) == 128  # 96 programs: all at once either way
+    assert width(32, 8, 14336) == 128  # 2016 programs: many waves either way
 
 
 @pytest.mark.gpu
@@ -242,7 +253,7 @@ def compiled(kernel, constants, dtype="bf16", warps=4, stages=3, arch=90, **kind
     return done.asm["ptx"]
 
 def experts(tokens, count, chosen, hidden, inner, gated, dtype="bf16", swap=None, arch=90, **more):
-    cut = moe.choose_tiles(tokens * chosen, count, gated, 4 if dtype == "fp32" else 2, arch == 90)
+    cut = moe.choose_tiles(tokens * chosen, count, inner, gated, 4 if dtype == "fp32" else 2, arch == 90)
     k, width = (hidden, inner) if gated else (inner, hidden)
     shape = {"N": count, "BLOCK_E": triton.next_power_of_2(count), "PAIRS_PER_ROW": chosen if gated else 1, "K": k,
              "WIDTH": width, "GATED": gated, "ACTIVATION": "silu", "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n,
