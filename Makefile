@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# torch's threads sleep while they wait for each other: where other programs run too, spinning costs many times the work
-export OMP_WAIT_POLICY ?= PASSIVE
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fa_research_installed
 

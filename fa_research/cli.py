@@ -69,6 +69,8 @@ def launch(main: Callable[[], Any]) -> None:
             end="",
         )
         return
+    # torch's threads sleep while they wait for one another: beside other programs, spinning costs many times the work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     register()
     sys.argv[1:] = quote_free_text(sys.argv[1:])
     _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
