@@ -17,6 +17,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from fa_research.config import WORKLOADS, Config, load_config
+from fa_research.config.free_text import quote_free_text
 from fa_research.config.store import CONFIG_DIR, GROUPS, choices, register
 from tests.test_checkpoint_config import folder_of
 from tests.test_imports import FLOORS, PACKAGE, ROOT
@@ -82,7 +83,8 @@ def test_there_are_commands_to_check() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60] or "defaults")
 def test_every_command_composes(command: str, example_config: Path, tmp_path: Path) -> None:
     command = re.sub(r"/data/[\w.-]+", str(folder_of(tmp_path)), command)  # checkpoints that nobody has here
-    overrides = [arg for arg in shlex.split(command, comments=True) if arg not in FLAGS]
+    typed = quote_free_text(shlex.split(command, comments=True))
+    overrides = [arg for arg in typed if arg not in FLAGS]
     if any(override.startswith("-") for override in overrides):
         assert overrides[0] in {"--help", "--shell-completion"}
         return
