@@ -89,6 +89,11 @@ class AttentionBackend(ABC):
         """The package that the kernels came from, for the row."""
         return None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What it chose where `backend.options` leave it open, for the row."""
+        return ()
+
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:  # noqa: B027 (a hook)
         """Work once per forward pass for one kind of layer; keep the result in
         `metadata.plans[lowering.spec]`. It runs on the device, inside a captured graph, unless

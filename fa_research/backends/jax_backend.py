@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import jax
 
 _TILE = 32  # queries a tile of an extend pass
+_KERNELS = ("auto", "xla", "pallas")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,9 @@ class JaxBackend(AttentionBackend):
     (`interop.dlpack`). Masks are evaluated by their own predicate. XLA runs outside torch's streams, so a step cannot
     be captured.
 
-    `backend.options.kernel=pallas` takes our Pallas kernel for passes of one token a request (interpreted on the CPU),
-    and XLA for the others; `xla`, the default, takes XLA for all."""
+    `backend.options.kernel` says what computes passes of one token a request: `xla` (the default), `pallas` (our Pallas
+    kernel, interpreted on the CPU; a spec it cannot run is refused), or `auto` (Pallas on a GPU for the specs that it
+    can run, else XLA). XLA computes all other passes. The row's notes say which it was, and why."""
 
     name = "jax"
     option_names = frozenset({"kernel"})
@@ -50,8 +53,10 @@ class JaxBackend(AttentionBackend):
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
         self._kernel = settings.options.get("kernel", "xla")
         super().__init__(settings, specs)
-        if self._kernel not in ("xla", "pallas"):
-            raise ConfigError(f"backend.options.kernel={self._kernel} is unknown; choose one of xla, pallas")
+        if self._kernel not in _KERNELS:
+            raise ConfigError(
+                f"backend.options.kernel={self._kernel} is unknown; choose one of {', '.join(_KERNELS)}"
+            )
         self.handles = HandleCache()
 
     @classmethod
@@ -81,8 +86,30 @@ class JaxBackend(AttentionBackend):
         if s.deterministic:
             reasons.append("backend.deterministic=true: XLA's order of summation goes by the batch's bucket")
         if self._kernel == "pallas":
-            reasons += _reasons_against_pallas(spec, s)
+            asked = "backend.options.kernel=pallas"
+            reasons += [f"{asked}: {reason}; use auto or xla" for reason in _reasons_against_pallas(spec, s)]
         return replace(lowering, reasons=lowering.reasons + tuple(reasons))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What computes the decode passes of its layers."""
+        said = dict.fromkeys(self._choose(lowering.spec) for lowering in self.lowerings)
+        return tuple(
+            f"backend=jax: one token a request by {kernel}, other passes by xla ({because})"
+            for kernel, because in said
+        )
+
+    def _choose(self, spec: AttentionSpec) -> tuple[str, str]:
+        """The kernel of decode passes and why it was taken."""
+        if self._kernel != "auto":
+            asked = "kernel" in self.settings.options
+            return self._kernel, "as asked" if asked else "the default"
+        if self.settings.device.type != "cuda":
+            return "xla", "kernel=auto: pallas is interpreted off the GPU"
+        reasons = _reasons_against_pallas(spec, self.settings)
+        if reasons:
+            return "xla", f"kernel=auto: not pallas: {', '.join(reasons)}"
+        return "pallas", "kernel=auto: a GPU"
 
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
         if self.name not in metadata.plans:  # the same for every kind of layer
@@ -108,7 +135,7 @@ class JaxBackend(AttentionBackend):
         arrays = (q, k_RKD, v_RKV, first_row, plan.page_table_BP, plan.cache_seqlens_B)
         sinks = None if sinks_H is None else self.handles.get(sinks_H)
         shape = {"page_size": metadata.page_size, "scale": spec.scale, "softcap": spec.softcap}
-        if one_each and self._kernel == "pallas":
+        if one_each and tokens == metadata.batch_size and self._choose(spec)[0] == "pallas":
             out, lse = self._decode(arrays, sinks, spec, shape)
         else:
             from fa_research.kernels.jax_paged import paged_attention
@@ -141,19 +168,23 @@ class JaxBackend(AttentionBackend):
 
 
 def _reasons_against_pallas(spec: AttentionSpec, settings: BackendSettings) -> list[str]:
-    reasons, asked = [], "backend.options.kernel=pallas"
+    reasons, dim = [], spec.head_dim
     if spec.mask.band() is None:
-        reasons.append(
-            f"{asked}: mask {spec.mask.name} is no band, and the kernel evaluates bands only; use xla"
-        )
-    dim = spec.head_dim
-    if dim != spec.v_head_dim or dim < 16 or dim & (dim - 1):
-        reasons.append(
-            f"{asked}: head dims {dim}, {spec.v_head_dim}; takes one power of two from 16 on; use xla"
-        )
-    if settings.device.type == "cuda" and settings.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"{asked}: takes float16, bfloat16 on a GPU; use xla")
+        reasons.append(f"mask {spec.mask.name} is no band, and the kernel evaluates bands only")
+    if dim != spec.v_head_dim or not 16 <= dim <= 256 or dim & (dim - 1):
+        reasons.append(f"head dims {dim}, {spec.v_head_dim}: takes one of 16, 32, 64, 128, 256")
+    if settings.device.type == "cuda":
+        if settings.dtype not in (torch.float16, torch.bfloat16):
+            reasons.append("takes float16, bfloat16 on a GPU")
+        major, minor = _capability(settings.device)
+        if major < 8:
+            reasons.append(f"needs compute capability 8.0, this GPU has {major}.{minor}")
     return reasons
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def bucket(size: int) -> int:

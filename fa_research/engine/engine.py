@@ -117,7 +117,9 @@ def create_backend(
     if name == "auto":
         name, because = choose(settings, specs)
         notes.append(f"backend=auto chose {name}: {because}")
-    return create(name, settings, specs)
+    backend = create(name, settings, specs)
+    notes += backend.notes
+    return backend
 
 
 def create_cache(

@@ -18,6 +18,7 @@ from fa_research.backends.jax_backend import JaxBackend, bucket  # noqa: E402
 from fa_research.errors import ConfigError, Unsupported  # noqa: E402
 from fa_research.masks import Causal, Chunked, Full, Mask, SlidingWindow  # noqa: E402
 from tests.helpers import DEVICES, Scene, make_spec  # noqa: E402
+from tests.semantics.cases import CASES, Case  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LENS = ((0, 5), (16, 1), (3, 30))
@@ -119,14 +120,81 @@ def test_decode_through_pallas(device: str, mask: Mask) -> None:
     scene.check(scene.backend("jax", **PALLAS))  # many tokens a request: XLA
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in CASES["cuda"] if case.batch == "decode"], ids=str)
+def test_every_decode_case_through_pallas(case: Case) -> None:
+    """Masks, page sizes, softcap, sinks, head dims, NaN around the requests' own slots."""
+    scene = case.scene("cuda")
+    scene.check(scene.backend("jax", **PALLAS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_pallas_in_a_padded_batch(device: str, head_dim: int) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    spec = make_spec((4, 2), head_dim=head_dim, has_sink=True)
+    scene = Scene(spec, ((0, 1), (2, 1), (33, 1)), 16, dtype, device, decode=True)
+    scene.check_outputs(scene.run(scene.backend("jax", **PALLAS), padding=3), range(3))
+
+
+@pytest.mark.gpu
+def test_pallas_beyond_int32() -> None:
+    lowest = (2**31 // (8 * 128)) // 16 + 1
+    lens = ((300, 1), (0, 1), (1000, 1))
+    spec = make_spec((16, 8), head_dim=128)
+    scene = Scene(spec, lens, 16, torch.bfloat16, "cuda", decode=True, lowest_page=lowest)
+    scene.check(scene.backend("jax", **PALLAS))
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "head_dim", "decodes", "because"),
+    [
+        ("cpu", {}, 64, "xla", "the default"),
+        ("cpu", {"kernel": "pallas"}, 64, "pallas", "as asked"),
+        ("cpu", {"kernel": "auto"}, 64, "xla", "kernel=auto: pallas is interpreted off the GPU"),
+        pytest.param("cuda", {"kernel": "auto"}, 64, "pallas", "kernel=auto: a GPU", marks=pytest.mark.gpu),
+        pytest.param(
+            "cuda", {"kernel": "auto"}, 96, "xla", "not pallas: head dims 96", marks=pytest.mark.gpu
+        ),
+    ],
+)
+def test_which_kernel_decodes(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    options: dict[str, str],
+    head_dim: int,
+    decodes: str,
+    because: str,
+) -> None:
+    """The note names the kernel that runs."""
+    from fa_research.kernels import jax_paged, pallas_decode
+
+    ran = []
+    for name, module, function in (
+        ("xla", jax_paged, "paged_attention"),
+        ("pallas", pallas_decode, "paged_decode"),
+    ):
+        real = getattr(module, function)
+        spy = lambda *args, name=name, real=real, **more: (ran.append(name), real(*args, **more))[1]  # noqa: E731
+        monkeypatch.setattr(module, function, spy)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    scene = Scene(make_spec(head_dim=head_dim), ((9, 1), (20, 1)), 16, dtype, device, decode=True)
+    backend = scene.backend("jax", options=options)
+    scene.check(backend, lse=False)
+    assert ran == [decodes]
+    (note,) = backend.notes
+    assert note.startswith(f"backend=jax: one token a request by {decodes}, other passes by xla (")
+    assert because in note
+
+
 def test_what_pallas_refuses() -> None:
     scene = Scene(make_spec(head_dim=40), LENS, 16, torch.float32)
     with pytest.raises(
-        Unsupported, match=r"kernel=pallas: head dims 40, 40; takes one power of two.*use xla"
+        Unsupported, match=r"kernel=pallas: head dims 40, 40: takes one of 16, .*256; use auto or xla"
     ):
         backends.create("jax", scene.settings(**PALLAS), scene.specs)
     with pytest.raises(
-        ConfigError, match=r"backend\.options\.kernel=cuda is unknown; choose one of xla, pallas"
+        ConfigError, match=r"backend\.options\.kernel=cuda is unknown; choose one of auto, xla, pallas"
     ):
         backends.create("jax", scene.settings(options={"kernel": "cuda"}), scene.specs)
 

@@ -156,6 +156,12 @@ def test_the_automatic_backend_is_noted_with_its_reason() -> None:
     assert engine_of(config_of(backend=BackendConfig("torch"))).notes == []
 
 
+def test_what_a_backend_chose_is_noted() -> None:
+    pytest.importorskip("jax")
+    (note,) = engine_of(config_of(backend=BackendConfig("jax"))).notes
+    assert note == "backend=jax: one token a request by xla, other passes by xla (the default)"
+
+
 def test_a_backend_that_cannot_run_here_names_those_that_can() -> None:
     with pytest.raises(BackendUnavailable, match="no CUDA device.*would work here: (jax, )?torch"):
         engine_of(config_of(backend=BackendConfig("fa3")))
