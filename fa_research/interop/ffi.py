@@ -36,18 +36,22 @@ class Call:
     device: torch.device
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
-    wrapped: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+    wrapped: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by (argument, address)
 
     def tensors(self, addresses: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and outputs at these addresses."""
-        known = self.wrapped.get(addresses)
+        """Inputs and outputs at these addresses. Each is remembered for itself: the pool stays where it is while
+        queries and outputs move from call to call."""
+        found = [self._tensor(*place) for place in enumerate(addresses)]
+        return found[: len(self.inputs)], found[len(self.inputs) :]
+
+    def _tensor(self, argument: int, address: int) -> Tensor:
+        known = self.wrapped.get((argument, address))
         if known is None:
             if len(self.wrapped) >= _MAX_WRAPPED:
                 self.wrapped.clear()
-            shapes = self.inputs + self.outputs
-            all_of_them = [_wrap(a, *shape, self.device) for a, shape in zip(addresses, shapes, strict=True)]
-            known = all_of_them[: len(self.inputs)], all_of_them[len(self.inputs) :]
-            self.wrapped[addresses] = known
+            count = len(self.inputs)
+            shape = self.inputs[argument] if argument < count else self.outputs[argument - count]
+            known = self.wrapped[argument, address] = _wrap(address, *shape, self.device)
         return known
 
 
