@@ -18,9 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_research.config import load_config, to_plain
+from fa_research.config import read_config, to_plain, validate
 from fa_research.config.explain import explain
-from fa_research.config.free_text import quote_free_text
+from fa_research.config.free_text import escape, quote_free_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import FaResearchError
@@ -91,8 +91,7 @@ def launch(main: Callable[[], Any]) -> None:
         print(f"interrupted{how}", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # as in `python run.py --cfg job | head -3`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its exit
-        raise SystemExit(FAILED) from None
+        _exit_unread()
 
 
 def run_one(cfg: DictConfig) -> Row:
@@ -105,12 +104,15 @@ def run_one(cfg: DictConfig) -> Row:
     rows_before = count_rows(output_dir)
     asked: DictConfig | dict[str, Any] = cfg
     try:
-        config = load_config(cfg, hydra.overrides.task)
+        config = read_config(cfg, hydra.overrides.task)
         asked = resolved = to_plain(config)
-        OmegaConf.save(OmegaConf.create(resolved), output_dir / "config.yaml")
+        validate(config)
+        OmegaConf.save(OmegaConf.create(escape(resolved)), output_dir / "config.yaml")
         from fa_research.runner import run_cell
 
         row = run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun)
+    except BrokenPipeError:  # as in `python run.py | head -1`: no fault of the cell, so no row
+        _exit_unread()
     except Exception as error:
         row = record_failure(
             output_dir, error, asked, rows_before=rows_before, overrides=hydra.overrides.task
@@ -147,6 +149,12 @@ def exit_code(rows: Iterable[Row], sweep: bool = False) -> int:
 def _exit_with(message: str, code: int = USER_ERROR) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _exit_unread() -> NoReturn:
+    """Ends the process where nobody reads what it prints any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its exit
+    raise SystemExit(FAILED) from None
 
 
 class RunCallback(Callback):

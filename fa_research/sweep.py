@@ -15,6 +15,7 @@ from omegaconf import DictConfig, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from fa_research.config import config_hash, to_plain
+from fa_research.config.checkpoint import name_by_folder
 from fa_research.config.explain import explain
 from fa_research.errors import ConfigError
 
@@ -155,6 +156,7 @@ def record_failure(
     row.environment = environment()
     try:
         row.config, row.config_hash = to_plain(cfg), config_hash(cfg, overrides)
+        name_by_folder(row.config)
     except OmegaConfBaseException as unresolved:
         row.notes.append(explain(unresolved))
     try:

@@ -261,7 +261,7 @@ def test_a_folder_without_a_config(content: str | None, says: str, tmp_path: Pat
 
 
 def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere", folder_of(tmp_path) / "config.json"):
+    for path in (tmp_path / "nowhere", folder_of(tmp_path) / "config.json", tmp_path / ("long" * 100)):
         with pytest.raises(ConfigError, match=f"model.path={path} is not a folder.*hub are not looked up"):
             take_from_folder(ModelConfig(path=str(path)))
 
@@ -304,6 +304,10 @@ WINDOWED = {"sliding_window": 64}
         (
             "Gemma2", ["model.local.pattern=[]", "model.local.mask.size=1024"], MaskConfig(), LocalConfig(), 50.0,
             ["local.pattern", "local.mask.size"],
+        ),
+        ("Gemma2", ["model.local.pattern=[]"], MaskConfig(), LocalConfig(), 50.0, ["local.pattern"]),
+        (
+            "Gemma3", ["model.local.pattern=[false]"], MaskConfig(), LocalConfig([False]), 0.0, ["local.pattern"],
         ),
         (
             "Llama", ["model.local.pattern=[true,false]", "model.local.mask.size=8"], MaskConfig(),
@@ -350,9 +354,16 @@ def test_a_loaded_config_loads_again(tmp_path: Path) -> None:
     assert config_hash(again) == config_hash(loaded)
 
 
-def test_changed_is_not_for_users() -> None:
+def test_changed_is_not_for_users(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.changed=\['softcap'\]: is filled in"):
         load_config(composed("model=tiny", "model.changed=[softcap]"))
+    folder = folder_of(tmp_path, "Gemma2", **WINDOWED)
+    for changed in ("[]", "[vocab_size]", "[no.key]"):
+        typed = [f"model.path={folder}", f"model.changed={changed}", "model.softcap=0"]
+        with pytest.raises(ConfigError, match="model.changed=.*is filled in"):
+            load_config(composed(*typed), typed)
+    with pytest.raises(ConfigError, match=r"model.changed=\['vocab_size'\]: is filled in"):
+        load_config(composed(f"model.path={folder}", "model.changed=[vocab_size]"))
 
 
 def test_the_supported_architectures() -> None:

@@ -258,6 +258,32 @@ def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
     assert child.communicate()[1] == b""
 
 
+def test_a_cell_whose_text_nobody_reads_leaves_no_traceback_and_no_row(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [
+            *(sys.executable, ROOT / "run.py", "tracking=disabled", "measure=quick", "hydra.run.dir=out"),
+            *("workload.generate=300", "workload.prompt=a", "workload.batch_size=1", "workload.steps=2"),
+        ],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.read(1) == b"a"
+    child.stdout.close()
+    assert child.communicate()[1] == b"" and child.returncode == 1
+    assert read_rows(tmp_path / "out" / ROWS_FILE) == []
+
+
+def test_the_row_of_a_refused_cell_is_about_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    """And not about the default model, whose sizes the config has until the folder is read."""
+    shipped = ROOT / "fa_research" / "checkpoints" / "pybyte"
+    for folder, layers in ((shipped, 8), (tmp_path / "absent", None)):
+        done = run_py(f"model.path={folder}", "model.mask.name=chunked", "hydra.run.dir=out", cwd=tmp_path)
+        one_error_line(done)
+        row = read_rows(tmp_path / "out" / ROWS_FILE)[-1]
+        assert row.config["model"]["name"] == folder.name
+        assert layers in (None, row.config["model"]["num_layers"])
+
+
 def test_another_config_in_the_same_sweep_folder_is_run(tmp_path: Path) -> None:
     args = ["-m", *SMALL, "hydra.sweep.dir=sweep"]
     assert run_py(*args, "seed=0", cwd=tmp_path).returncode == 0

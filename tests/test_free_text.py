@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from fa_research.config.free_text import quote_free_text
+from fa_research.config import Config, TextWorkload, config_hash, to_plain
+from fa_research.config.free_text import escape, quote_free_text
 
 TEXTS = (
     "def main(",
@@ -23,6 +25,10 @@ TEXTS = (
     "$x",
     "a=b",
     "#",
+    "echo ${seed} ${no such}",
+    r"\${seed} a\\${seed} ${",
+    '"""doc"""',
+    "'a' + 'b'",
 )
 
 
@@ -30,12 +36,29 @@ TEXTS = (
 def test_a_prompt_is_a_text(text: str) -> None:
     (argument,) = quote_free_text([f"workload.prompt={text}"])
     override = OverridesParser.create().parse_override(argument)
-    assert override.key_or_group == "workload.prompt" and override.value() == text
+    assert override.key_or_group == "workload.prompt"
+    composed = OmegaConf.create({"seed": 7, "workload": {"prompt": override.value()}})
+    assert composed.workload.prompt == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prompt_stays_as_it_is_in_rows_and_files(text: str) -> None:
+    config = Config(workload=TextWorkload(prompt=text))
+    plain = to_plain(config)
+    assert plain["workload"]["prompt"] == text and config_hash(config) == config_hash(plain)
+    saved = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(escape(plain))))
+    assert to_plain(saved) == plain and config_hash(saved) == config_hash(plain)
+
+
+@pytest.mark.parametrize("key", ["model.path", "workload.path", "+model.path"])
+def test_a_path_may_begin_at_home(key: str) -> None:
+    (argument,) = quote_free_text([f"{key}=~/it's (new)"])
+    assert OverridesParser.create().parse_override(argument).value() == "~/it's (new)"
 
 
 @pytest.mark.parametrize("argument", [
     "workload.prompt=null", "workload.prompt=", "workload.prompt='a, b'", 'workload.prompt="a"', "workload.prompt",
-    "workload.generate=2", "kv.page_size=1,16", "--cfg",
+    "workload.prompt='it\\'s'", "model.path=${oc.env:HOME}/x", "workload.generate=2", "kv.page_size=1,16", "--cfg",
 ])  # fmt: skip
 def test_what_is_left_alone(argument: str) -> None:
     assert quote_free_text([argument]) == [argument]

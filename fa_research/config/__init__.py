@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fa_research.config.checkpoint import checkpoint_folder
 from fa_research.config.hashing import config_hash, to_plain
-from fa_research.config.load import load_config
+from fa_research.config.load import load_config, read_config
 from fa_research.config.schemas import (
     WORKLOADS,
     Activation,
@@ -67,6 +67,7 @@ __all__ = [
     "checkpoint_folder",
     "config_hash",
     "load_config",
+    "read_config",
     "to_plain",
     "validate",
 ]

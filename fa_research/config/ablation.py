@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fa_research.config.schemas import ModelConfig
+from fa_research.config.schemas import LocalConfig, ModelConfig
 
 ABLATIONS = (
     "mask.name", "mask.size", "local.pattern", "local.mask.name", "local.mask.size", "local.rope_theta", "softcap",
@@ -46,7 +46,11 @@ def given(model: Mapping[str, Any], overrides: Iterable[str] = ()) -> list[str]:
 
 
 def take_over(found: ModelConfig, model: ModelConfig, keys: Iterable[str]) -> None:
-    """Set these keys of `found` to what `model` has."""
+    """Set these keys of `found` to what `model` has. Where no layer is local any more, the folder's mask and rotation
+    of such layers go too."""
+    keys = list(keys)
+    if "local.pattern" in keys and not any(model.local.pattern):
+        found.local = LocalConfig()
     for key in keys:
         *groups, name = key.split(".")
         source: Any = model

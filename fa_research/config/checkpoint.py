@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ def take_from_folder(model: ModelConfig, overrides: Iterable[str] = ()) -> Model
     name = folder.resolve().name if model.name == ModelConfig().name else model.name
     found = ModelConfig(name=name, path=model.path, dtype=model.dtype, **fields)
     overrides = tuple(overrides)
+    if (model.changed and not set(model.changed) <= set(ABLATIONS)) or was_typed("model.changed", overrides):
+        raise ConfigError(
+            f"model.changed={model.changed}: is filled in where model.path is read; leave it out"
+        )
     if refused := _set_besides(model, found, overrides):
         raise ConfigError(
             f"with model.path={model.path} its config.json decides {', '.join(refused)}; leave "
@@ -58,9 +63,17 @@ def take_from_folder(model: ModelConfig, overrides: Iterable[str] = ()) -> Model
     return found
 
 
+def name_by_folder(plain: dict[str, Any]) -> None:
+    """The same in a config as plain data, where the folder was not read and may not exist: `model.name` is not that of
+    the default model."""
+    model = plain.get("model")
+    if isinstance(model, dict) and model.get("path") and model.get("name") == ModelConfig().name:
+        plain["model"] = model | {"name": Path(str(model["path"])).name or model["name"]}
+
+
 def read_config_json(folder: Path) -> dict[str, Any]:
     """Raises ConfigError, naming `model.path`, unless the folder has a config.json that holds a JSON object."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # a name that is too long is none either
         raise ConfigError(
             f"model.path={folder} is not a folder; give one with config.json and safetensors files, "
             "downloaded first (names on the Hugging Face hub are not looked up)"

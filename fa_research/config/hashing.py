@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,12 +22,21 @@ HASHED_WITH_PATH = frozenset({"path", "dtype"})
 
 def to_plain(cfg: Config | DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The config as dicts, lists, strings and numbers: interpolations resolved, enums by name, no `hydra` node."""
-    if isinstance(cfg, Mapping) and not isinstance(cfg, DictConfig):
+    if isinstance(cfg, Config):  # by itself: OmegaConf would read `${x}` in a text once more
+        return cast(dict[str, Any], _plain(dataclasses.asdict(cfg)))
+    if not isinstance(cfg, DictConfig):
         return dict(cfg)
-    node = cfg if isinstance(cfg, DictConfig) else OmegaConf.structured(cfg)
-    node = OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
+    node = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     plain = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
     return cast(dict[str, Any], plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def config_hash(cfg: Config | DictConfig | Mapping[str, Any], overrides: Iterable[str] = ()) -> str:

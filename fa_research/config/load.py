@@ -16,13 +16,20 @@ from fa_research.errors import ConfigError
 
 
 def load_config(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
-    """The typed and validated form of a composed config; with `model.path`, the model that the folder describes.
+    """What `read_config` gives, checked by `validate`, which raises the same."""
+    config = read_config(cfg, overrides)
+    validate(config)
+    return config
+
+
+def read_config(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
+    """The typed form of a composed config; with `model.path`, the model that the folder describes.
 
     overrides: what was typed, as in `model.num_layers=3`: a key that the folder decides is refused even where the value
     is the default, which the composed config cannot tell.
 
     Raises:
-        ConfigError: unknown keys (forced in with `+` too), missing or mistyped values, impossible combinations; the
+        ConfigError: unknown keys (forced in with `+` too), missing or mistyped values, a folder that does not do; the
             message names the key, what was given and what would work.
     """
     unknown = [unknown_key(key, schema) for key, schema in _unknown_keys(cfg)]
@@ -40,7 +47,6 @@ def load_config(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"no workload chosen; use workload= with one of {', '.join(WORKLOADS)}")
     if config.model.path is not None:
         config.model = take_from_folder(config.model, overrides)
-    validate(config)
     return config
 
 

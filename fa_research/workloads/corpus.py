@@ -89,7 +89,7 @@ def read_text(path: str | None) -> tuple[bytes, str]:
         library = Path(os.__file__).parent
         return b"".join(_held_out(library)), f"null (held-out files of {library})"
     root = Path(path).expanduser()
-    if not root.exists():
+    if not os.path.exists(root):  # a name that is too long is none either
         raise ConfigError(f"workload.path={path} does not exist; give a text file or a folder of text files")
     if root.is_file():
         return _read(root), str(root)
