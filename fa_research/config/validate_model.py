@@ -47,7 +47,7 @@ def _mask(key: str, mask: MaskConfig) -> Iterator[str]:
 def _local(local: LocalConfig) -> Iterator[str]:
     yield from _mask("model.local.mask", local.mask)
     yield from positive("model.local.rope_theta", local.rope_theta)
-    if not any(local.pattern) and local != LocalConfig(local.pattern):
+    if not any(local.pattern) and local != LocalConfig():
         yield (
             f"model.local.pattern={local.pattern}: no layer is local, so the rest of model.local has no effect; "
             "give a pattern, as [true,false] for every other layer"
