@@ -306,7 +306,6 @@ WINDOWED = {"sliding_window": 64}
             ["local.pattern", "local.mask.size"],
         ),
         ("Gemma2", ["model.local.pattern=[]"], MaskConfig(), LocalConfig(), 50.0, ["local.pattern"]),
-        ("Gemma3", ["model.local.pattern=[]"], MaskConfig(), LocalConfig(), 0.0, ["local.pattern"]),
         (
             "Llama", ["model.local.pattern=[true,false]", "model.local.mask.size=8"], MaskConfig(),
             LocalConfig([True, False], MaskConfig("sliding_window", 8)), 0.0, ["local.pattern", "local.mask.size"],
