@@ -33,10 +33,10 @@ def _tally(row_ptr, peak, scale, vocab, a, b, c, LANES: tl.constexpr, WIDTH: tl.
     )  # fmt: skip
     following = _load(row_ptr, 0, vocab, LANES, WIDTH)
     for start in range(0, vocab, LANES * WIDTH):
-        # Not cleaned: a NaN is above no pivot, and infinite mass is enough.
+        # A NaN is above no pivot; +inf weighs what the largest finite number does.
         x = tl.reshape(following.to(tl.float32), [LANES, WIDTH])
         following = _load(row_ptr, start + LANES * WIDTH, vocab, LANES, WIDTH)
-        mass = weight(x, peak, scale)
+        mass = weight(tl.minimum(x, HIGHEST), peak, scale)
         count_a += tl.sum((x >= a).to(tl.int32), axis=1)
         count_b += tl.sum((x >= b).to(tl.int32), axis=1)
         count_c += tl.sum((x >= c).to(tl.int32), axis=1)

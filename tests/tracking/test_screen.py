@@ -98,7 +98,10 @@ def test_one_row_shows_every_metric_and_check(capsys: pytest.CaptureFixture[str]
         assert part in shown
 
 
-def test_quality_comes_first_and_what_explains_it_last(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quality_comes_first_and_what_explains_it_last(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CONSOLE, "width", 160)
     names = [
         "perplexity",
         "scored_tokens",
