@@ -180,11 +180,46 @@ for mask in (Causal(), SlidingWindow(7), Chunked(12), Full()):
 
 def test_the_example_backend_is_right(tmp_path: Path) -> None:
     """In a process of its own, where the README's code is a file of the package and is found like the others."""
-    (source,) = fenced("README.md", "python")
+    source, _ = fenced("README.md", "python")
     (tmp_path / "sdpa.py").write_text(source)
     done = subprocess.run(
         [sys.executable, "-c", CHECK_EXAMPLE, str(tmp_path)],
         cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+CHECK_CALL_FROM_JAX = """
+import sys
+import torch
+from fa_research.attention.reference import attention
+from fa_research.interop.dlpack import to_jax
+from fa_research.kv_cache import TokenToKVPool
+from fa_research.spec import AttentionSpec
+shape = dict(num_layers=1, num_kv_heads=2, head_dim=64, v_head_dim=64, dtype=torch.float32, device=torch.device("cpu"))
+pool = TokenToKVPool(3, 16, **shape)
+pool.fill_random(0)
+exec(sys.stdin.read())
+q = torch.randn(1, 4, 64)
+table, lens = torch.tensor([[2, 1]], dtype=torch.int32), torch.tensor([21], dtype=torch.int32)
+out = attend(to_jax(q), shared, to_jax(table), to_jax(lens))
+slots = torch.cat([torch.arange(32, 48), torch.arange(16, 21)])
+spec = AttentionSpec(4, 2, 64, 64, 64**-0.5)
+expected, _ = attention(q, pool.k(0)[slots], pool.v(0)[slots], torch.tensor([20]), spec, compute_dtype=torch.float64)
+torch.testing.assert_close(torch.from_dlpack(out), expected.float(), rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_the_example_from_jax_is_right() -> None:
+    pytest.importorskip("jax")
+    _, source = fenced("README.md", "python")
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK_CALL_FROM_JAX],
+        cwd=ROOT,
+        input=source,
         capture_output=True,
         text=True,
         timeout=120,

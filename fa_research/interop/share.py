@@ -7,7 +7,6 @@ Legend: L layers, N slots, P pages, S slots in a page, K KV heads, D head dim, V
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,10 +23,9 @@ if TYPE_CHECKING:
 _pools = HandleCache()
 
 
-@dataclass(frozen=True, slots=True)
-class SharedPool:
-    """A torch pool as JAX arrays [L, P, S, K, D] and [L, P, S, K, V]; pass them to jitted functions as arguments. It
-    keeps the memory alive."""
+class SharedPool(NamedTuple):
+    """A torch pool as JAX arrays [L, P, S, K, D] and [L, P, S, K, V]; pass it to jitted functions as an argument (it is
+    a pytree). It keeps the memory alive."""
 
     k_LPSKD: jax.Array
     v_LPSKV: jax.Array
