@@ -4,7 +4,7 @@ computation loses in the low precision itself."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,9 +73,19 @@ def judge_rows(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Verdict:
 
 
 def judge_median_row(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Verdict:
-    """The verdict over triples of shape [rows, ...] by the median of the rows' largest errors; any NaN fails. For a
-    mixture of experts in low precision: where two experts are nearly equal, rounding decides which of them a token
-    takes, and for each computation these are other tokens. They are few, and far off whoever is right."""
+    """The verdict over triples of shape [rows, ...] (a request each) by the median of the rows' largest errors; any NaN
+    fails. For a mixture of experts in low precision: where two experts are nearly equal, rounding decides which of them
+    a token takes, and for each computation these are other tokens. They are few, and far off whoever is right. A
+    request with several rows is judged by its own too, as one that is wrong throughout is half of two; the verdict is
+    that of the least margin."""
+    triples = list(triples)
+    several = [[triple] for triple in triples if len(triple[0]) > 2]
+    verdicts = [_median(some) for some in [triples, *several]]
+    worst = min(verdicts, key=lambda v: (v.passed, v.tolerance - v.max_error))
+    return replace(worst, relative_error=verdicts[0].relative_error)
+
+
+def _median(triples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Verdict:
     errors, baseline_errors, largest, constant, relative = _rows(triples)
     error = errors.median() if errors.isfinite().all() else torch.tensor(float("nan"))
     tolerance = _FACTOR * baseline_errors.median() + constant * largest.median()

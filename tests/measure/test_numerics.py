@@ -101,3 +101,14 @@ def test_the_median_row_forgives_few_rows_and_no_nan() -> None:
     assert not judge_median_row([(baseline + 0.25, baseline, reference)]).passed
     result[0, 0] = float("nan")
     assert not judge_median_row([(result, baseline, reference)]).passed
+
+
+def test_the_median_row_forgives_no_request_that_is_wrong_throughout() -> None:
+    reference = torch.ones(9, 4, dtype=torch.float64)
+    baseline = (reference + 0.01).bfloat16()
+    right, wrong = (baseline, baseline, reference), (baseline + 5.0, baseline, reference)
+    few = (torch.cat([baseline[:4] + 5.0, baseline[4:]]), baseline, reference)
+    assert judge_median_row([few, right, few]).passed
+    verdict = judge_median_row([right, wrong, right])
+    assert not verdict.passed and verdict.max_error > 4
+    assert verdict.relative_error == judge([right, wrong, right]).relative_error
