@@ -76,7 +76,7 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
             return AttentionStack(specs, max_tokens=tokens, dtype=dtype, device=device, seed=config.seed)
         shown = partial(progress, enabled=config.tracking.progress)
         return build_model(
-            config.model, dtype=dtype, device=device, seed=config.seed, rope_len=max(needs.seq_lens), progress=shown
+            config.model, dtype=dtype, device=device, seed=config.seed, rope_len=needs.rope_len, progress=shown
         )  # fmt: skip
 
     engine = build_engine(config, needs, specs, device, make_model)  # loading draws its own progress

@@ -23,11 +23,17 @@ ModelFactory = Callable[[torch.device, torch.dtype], EngineModel]
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a workload asks of the engine: the longest each of its requests becomes (tokens), and the most tokens of one
-    forward pass."""
+    """What a workload asks of the engine: the longest each of its requests becomes (tokens), the most tokens of one
+    forward pass, and the longest request that is measured, where others are only shown (None: of all)."""
 
     seq_lens: tuple[int, ...]
     tokens_per_pass: int
+    measured_len: int | None = None
+
+    @property
+    def rope_len(self) -> int:
+        """Tokens that rotations are set up for where they depend on the length: what is only shown changes no score."""
+        return self.measured_len or max(self.seq_lens)
 
     def pages(self, page_size: int) -> int:
         return sum(-(-seq_len // page_size) for seq_len in self.seq_lens)
@@ -161,10 +167,10 @@ def create_cache(
 
 
 def rope_notes(config: Config, needs: Needs) -> list[str]:
-    """Which rotation the model gets where its RoPE depends on the length: chosen once, for the longest sequence of the
-    run, as keys in the cache stay rotated as they are."""
-    scaling, longest = config.model.rope_scaling, max(needs.seq_lens)
-    original, reach = scaling.original_max_position, f"sequences of this run reach {longest} of "
+    """Which rotation the model gets where its RoPE depends on the length: chosen once, for the longest sequence that is
+    measured, as keys in the cache stay rotated as they are."""
+    scaling, longest = config.model.rope_scaling, needs.rope_len
+    original, reach = scaling.original_max_position, f"what this run measures reaches {longest} of "
     if config.workload.level is not Level.model:
         return []
     if scaling.type is RopeType.longrope:

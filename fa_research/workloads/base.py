@@ -15,6 +15,8 @@ from fa_research.config import Config
 from fa_research.engine.engine import Engine, Needs
 from fa_research.kv_cache import CachedRequest
 
+_MIXTURE_REQUESTS = 8
+
 # Legend: T tokens, B requests, X vocabulary, M positions that have logits.
 
 
@@ -131,6 +133,13 @@ def pick(count: int, wanted: int) -> list[int]:
     if wanted == 1:
         return [count - 1]
     return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
+
+
+def checked(config: Config, count: int) -> list[int]:
+    """Which of `count` requests the oracle repeats: `measure.check_requests`, of a mixture of experts at least 8, since
+    its median position decides."""
+    wanted = config.measure.check_requests
+    return pick(count, max(wanted, _MIXTURE_REQUESTS) if config.model.moe.num_experts else wanted)
 
 
 def fill_context(engine: Engine, seed: int) -> None:

@@ -11,9 +11,9 @@ from fa_research.workloads.base import (
     Case,
     Pass,
     Unit,
+    checked,
     fill_context,
     open_with_context,
-    pick,
     random_tokens,
 )
 from fa_research.workloads.decoding import Decoding
@@ -67,6 +67,6 @@ class Decode(Decoding):
         at = torch.zeros(1, dtype=torch.int64)
         cases = [
             Case(self.requests[i].row, prefix_lens[i], inputs_B[i : i + 1], at, logits[i : i + 1].clone())
-            for i in pick(len(self.requests), self.config.measure.check_requests)
+            for i in checked(self.config, len(self.requests))
         ]
         return result, cases

@@ -14,9 +14,9 @@ from fa_research.workloads.base import (
     Pass,
     Unit,
     Workload,
+    checked,
     fill_context,
     open_with_context,
-    pick,
     random_tokens,
 )
 
@@ -52,7 +52,7 @@ class _RaggedPass(Workload):
         if logits is None:
             return [self.current_pass()], []
         cases = []
-        for i in pick(len(self.requests), self.config.measure.check_requests):
+        for i in checked(self.config, len(self.requests)):
             prefix, new = self._lens()[i]
             at = torch.tensor([new - 1])
             cases.append(Case(self.requests[i].row, prefix, self.tokens[i], at, logits[i : i + 1].clone()))

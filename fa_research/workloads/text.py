@@ -15,7 +15,7 @@ from fa_research.engine.engine import Engine, Needs
 from fa_research.engine.sampling import sample
 from fa_research.kv_cache import CachedRequest
 from fa_research.models.tokenizer import Tokenizer, load_tokenizer
-from fa_research.workloads.base import Case, Pass, Unit, pick
+from fa_research.workloads.base import Case, Pass, Unit, checked
 from fa_research.workloads.corpus import Passage, read_passages
 from fa_research.workloads.decoding import Decoding
 from fa_research.workloads.generation import Generation, prompt_tokens
@@ -60,9 +60,10 @@ class Text(Decoding):
         longest = len(self.prompts[0]) + self.most_steps  # read now: what is wrong with the text comes first
         again = options.prompt_len + options.steps  # the re-prefill of the check
         lens = [*[longest] * options.batch_size, max(1, options.shared_prefix_len), again]
+        measured_len = max(lens)
         if self.writes:
             lens.append(len(self.opening) + options.generate)
-        return Needs(tuple(lens), max(again, options.batch_size * options.chunk_size))
+        return Needs(tuple(lens), max(again, options.batch_size * options.chunk_size), measured_len)
 
     def prepare(self, engine: Engine) -> None:
         self.engine = engine
@@ -139,7 +140,7 @@ class Text(Decoding):
             for _ in range(self.options.steps):
                 self.decoder.step()
             return [prefilled, self.current_pass()], []
-        chosen = pick(len(self.requests), self.config.measure.check_requests)
+        chosen = checked(self.config, len(self.requests))
         logits, tokens = [first[chosen]], [self.first_tokens.tolist()]
         for _ in range(self.options.steps - 1):
             self.decoder.step()

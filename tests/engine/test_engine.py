@@ -302,17 +302,17 @@ def test_needs_count_whole_pages() -> None:
 @pytest.mark.parametrize(
     ("kind", "original", "note"),
     [
-        (RopeType.longrope, 32, "LongRoPE: long factors, sequences of this run reach 33 of 32 tokens"),
-        (RopeType.longrope, 33, "LongRoPE: short factors, sequences of this run reach 33 of 33 tokens"),
+        (RopeType.longrope, 32, "LongRoPE: long factors, what this run measures reaches 33 of 32 tokens"),
+        (RopeType.longrope, 33, "LongRoPE: short factors, what this run measures reaches 33 of 33 tokens"),
         (
             RopeType.dynamic,
             32,
-            "dynamic NTK RoPE: the base for 33 tokens, sequences of this run reach 33 of 32 tokens",
+            "dynamic NTK RoPE: the base for 33 tokens, what this run measures reaches 33 of 32 tokens",
         ),
         (
             RopeType.dynamic,
             64,
-            "dynamic NTK RoPE: the base for 64 tokens, sequences of this run reach 33 of 64 tokens",
+            "dynamic NTK RoPE: the base for 64 tokens, what this run measures reaches 33 of 64 tokens",
         ),
         (RopeType.yarn, 32, None),
     ],

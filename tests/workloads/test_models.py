@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fa_research import runner
+from fa_research import runner, workloads
 from fa_research.config import (
     Activation,
+    DecodeWorkload,
     Dtype,
+    ExtendWorkload,
     GraphMode,
     LocalConfig,
     MaskConfig,
@@ -19,6 +22,7 @@ from fa_research.config import (
     MoEConfig,
     RopeScaling,
     RopeType,
+    TextWorkload,
     to_plain,
 )
 from fa_research.engine.model_runner import EngineModel
@@ -81,7 +85,29 @@ def test_a_run_chooses_its_rotation_and_says_so(
     row = runner.run_cell(config, resolved=to_plain(config), output_dir=tmp_path, multirun=True)
     assert row.status is Status.ok
     (note,) = (note for note in row.notes if note.startswith("LongRoPE"))
-    said = f"LongRoPE: {factors} factors, sequences of this run reach "
+    said = f"LongRoPE: {factors} factors, what this run measures reaches "
     assert note.startswith(said) and note.endswith(f" of {original} tokens")
     assert 16 < int(note.removeprefix(said).split()[0]) <= 127
     torch.testing.assert_close(tables[0][1, 0] / tables[0][0, 0], torch.tensor(turned).cos())
+
+
+def test_text_that_is_only_shown_does_not_choose_the_rotation() -> None:
+    options = TextWorkload(batch_size=2, prompt_len=20, shared_prefix_len=4, steps=4, prompt="x = 1")
+    shown, silent = (
+        workloads.create(cell(dataclasses.replace(options, generate=n))).needs() for n in (90, 0)
+    )
+    assert max(shown.seq_lens) > max(silent.seq_lens)
+    assert shown.rope_len == silent.rope_len == max(silent.seq_lens)
+
+
+@pytest.mark.parametrize("kind", ["decode", "extend"])
+@pytest.mark.parametrize(("num_experts", "expected"), [(0, 2), (4, 8)])
+def test_of_a_mixture_more_requests_are_checked(kind: str, num_experts: int, expected: int) -> None:
+    options = {
+        "decode": DecodeWorkload(batch_size=9, context_len=5, steps=1),
+        "extend": ExtendWorkload(batch_size=9, new_len=2),
+    }
+    model = model_config(moe=MoEConfig(num_experts, 2))
+    workload, _ = prepared(cell(options[kind], model=model))
+    _, cases = workload.checked_passes()
+    assert len(cases) == expected
