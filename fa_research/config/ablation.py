@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fa_research.config.schemas import LocalConfig, ModelConfig
+from fa_research.config.model_schema import LocalConfig, ModelConfig
 
 ABLATIONS = (
     "mask.name", "mask.size", "local.pattern", "local.mask.name", "local.mask.size", "local.rope_theta", "softcap",

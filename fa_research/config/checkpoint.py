@@ -12,7 +12,7 @@ from typing import Any
 
 from fa_research.config.ablation import ABLATIONS, given, leaves, take_over, was_typed
 from fa_research.config.hf_config import model_fields
-from fa_research.config.schemas import ModelConfig
+from fa_research.config.model_schema import ModelConfig
 from fa_research.errors import ConfigError
 
 PACKAGE = "pkg://"

@@ -14,7 +14,7 @@ from fa_research.config.hf_families import FAMILIES, RESULT_KEYS, Family
 from fa_research.config.hf_layers import read_masks
 from fa_research.config.hf_reader import Reader
 from fa_research.config.hf_rope import context_len, read_rope
-from fa_research.config.schemas import Activation, MoEConfig, RopeScaling
+from fa_research.config.model_schema import Activation, MoEConfig, RopeScaling
 from fa_research.errors import ConfigError
 
 # Key of config.json -> key of ModelConfig, whole numbers without which there is no model.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fa_research.config.schemas import Activation, MoEConfig
+from fa_research.config.model_schema import Activation, MoEConfig
 
 # Keys that change the result for an architecture that reads them. Where a family does not say that it does (`reads`), a
 # value other than null, false, 0 or empty is refused.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fa_research.config.hf_families import Family
 from fa_research.config.hf_reader import Reader
-from fa_research.config.schemas import LocalConfig, MaskConfig
+from fa_research.config.model_schema import LocalConfig, MaskConfig
 
 _KINDS = {"full_attention": False, "sliding_attention": True}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fa_research.config.hf_families import Family
 from fa_research.config.hf_reader import Reader
-from fa_research.config.schemas import RopeScaling, RopeType
+from fa_research.config.model_schema import RopeScaling, RopeType
 
 _LENGTH = "original_max_position_embeddings"
 _EVERY_TYPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}

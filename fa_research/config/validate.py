@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from fa_research.config.limits import at_least, positive
+from fa_research.config.model_schema import ModelConfig
 from fa_research.config.schemas import (
     Config,
     CudaGraphConfig,
@@ -16,7 +17,6 @@ from fa_research.config.schemas import (
     Level,
     MeasureConfig,
     MixedWorkload,
-    ModelConfig,
     SamplingConfig,
     TextWorkload,
     WorkloadConfig,

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from fa_research import masks
 from fa_research.config.hf_families import FAMILIES
 from fa_research.config.limits import at_least, positive, zero_or_positive
-from fa_research.config.schemas import LocalConfig, MaskConfig, ModelConfig, MoEConfig, RopeScaling, RopeType
+from fa_research.config.model_schema import (
+    LocalConfig,
+    MaskConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeScaling,
+    RopeType,
+)
 
 _SIZES = "num_layers hidden_size num_heads num_kv_heads head_dim intermediate_size vocab_size max_context_len"
 
