@@ -130,6 +130,7 @@ def _environment(engine: Engine) -> dict[str, Any]:
     return {
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "kv_dtype": str(engine.kv_dtype).removeprefix("torch."),
         "backend": engine.backend.name,
         "backend_provider": engine.backend.provider,
         "lowering": [{"kind": low.kind.value, "rewrites": list(low.rewrites)} for low in lowering],

@@ -54,6 +54,7 @@ class Capabilities:
     mask_features: which parts of a mask's `Band` the kernel evaluates: "causal", "full", "window", "chunk";
         "predicate" means it evaluates any `Mask.allows`.
     own_v_head_dim: values may have another head dim than keys.
+    own_kv_dtype: keys and values may be cached in another dtype than that of the queries.
     page_size_multiple: page sizes must be a multiple of this.
     devices: torch device types. dtypes: torch dtype names, as in "bfloat16".
     host_planning: the backend must run `plan` on the host before every pass (and before every graph replay).
@@ -64,6 +65,7 @@ class Capabilities:
     mask_features: frozenset[str]
     head_dims: frozenset[int] | None = None
     own_v_head_dim: bool = False
+    own_kv_dtype: bool = False
     layouts: frozenset[KVLayout] = frozenset({KVLayout.MHA})
     page_size_multiple: int = 1
     softcap: bool = False

@@ -51,10 +51,11 @@ def lower(
     page_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    kv_dtype: torch.dtype | None = None,
 ) -> Lowering:
     """Native if the backend does all of it, rewritten if an exact rewrite closes the gap, else unsupported with every
     reason."""
-    reasons = _basic_reasons(spec, capabilities, page_size, dtype, device)
+    reasons = _basic_reasons(spec, capabilities, page_size, dtype, device, kv_dtype)
     chunk, mask_reasons = _lower_mask(spec, capabilities, page_size)
     sink_epilogue = spec.has_sink and not capabilities.sinks
     if sink_epilogue and not capabilities.returns_lse:
@@ -90,12 +91,22 @@ def _chunk_rewrite(band: Band, page_size: int) -> tuple[int, list[str]]:
 
 
 def _basic_reasons(
-    spec: AttentionSpec, can: Capabilities, page_size: int, dtype: torch.dtype, device: torch.device
+    spec: AttentionSpec,
+    can: Capabilities,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: torch.dtype | None,
 ) -> list[str]:
     name = str(dtype).removeprefix("torch.")
     checks = [
         (device.type in can.devices, f"device {device.type}: runs on {_list(can.devices)} only"),
         (name in can.dtypes, f"dtype {name}: takes {_list(can.dtypes)}"),
+        (
+            kv_dtype in (None, dtype) or can.own_kv_dtype,
+            f"kv.dtype {str(kv_dtype).removeprefix('torch.')}: the kernel takes a cache in the dtype of the "
+            f"queries alone, {name}",
+        ),
         (
             spec.layout in can.layouts,
             f"KV layout {spec.layout.value}: not among {_list(x.value for x in can.layouts)}",

@@ -27,7 +27,8 @@ from fa_research.spec import AttentionSpec, Capabilities
 
 @dataclass(frozen=True, slots=True)
 class BackendSettings:
-    """What a backend is made for. `dtype` is that of queries, keys and values; lengths are in tokens.
+    """What a backend is made for. `dtype` is that of queries, new keys and values; `kv_dtype` that of the cache (None:
+    the same); lengths are in tokens.
     `num_splits` 0 leaves the split of the keys to the kernel; `deterministic` asks that a request's result be
     bitwise independent of its neighbours; `options` are the backend's own."""
 
@@ -36,6 +37,7 @@ class BackendSettings:
     page_size: int
     max_context_len: int
     provider: str | None = None
+    kv_dtype: torch.dtype | None = None
     num_splits: int = 0
     deterministic: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -125,7 +127,14 @@ class AttentionBackend(ABC):
     def lower(self, spec: AttentionSpec) -> Lowering:
         """How this backend runs the spec; `lowering.reasons` is non-empty where it cannot."""
         s = self.settings
-        return lower(spec, self.capabilities, page_size=s.page_size, dtype=s.dtype, device=s.device)
+        return lower(
+            spec,
+            self.capabilities,
+            page_size=s.page_size,
+            dtype=s.dtype,
+            device=s.device,
+            kv_dtype=s.kv_dtype,
+        )
 
     def init_forward_metadata(self, batch: ForwardBatch, req_to_token_RW: Tensor) -> FlashAttentionMetadata:
         """Once per eager pass, before the layers: allocate, fill, plan."""

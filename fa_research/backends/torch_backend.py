@@ -33,6 +33,7 @@ class TorchBackend(AttentionBackend):
         return Capabilities(
             devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
             dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
+            own_kv_dtype=True,
             mask_features=frozenset({"predicate"}),
             own_v_head_dim=True,
             softcap=True,

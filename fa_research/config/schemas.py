@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fa_research.config.model_schema import Choice, ModelConfig
+from fa_research.config.model_schema import Choice, Dtype, ModelConfig
 
 
 class Device(Choice):
@@ -54,6 +54,7 @@ class BackendConfig:
 @dataclass(slots=True)
 class KVConfig:
     page_size: int = 16
+    dtype: Dtype = Dtype.auto  # of the cached keys and values; auto: the model's
     num_pages: int | None = None  # neither this nor memory_fraction: what the workload needs
     memory_fraction: float | None = None  # of the memory free on the device
     max_requests: int | None = None

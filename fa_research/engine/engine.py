@@ -62,6 +62,11 @@ class Engine:
         return self.runner.cache
 
     @property
+    def kv_dtype(self) -> torch.dtype:
+        """That of the cached keys and values."""
+        return self.cache.kv.k_LNKD.dtype
+
+    @property
     def stack(self) -> AttentionStack | None:
         """The attention path alone, where `workload.level=attention`."""
         return self.runner.model if isinstance(self.runner.model, AttentionStack) else None
@@ -105,6 +110,11 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return resolved
 
 
+def kv_dtype_of(config: Config, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """That of the cache; `kv.dtype=auto` is the model's, `dtype`."""
+    return dtype if config.kv.dtype is Dtype.auto else resolve_dtype(config.kv.dtype, device)
+
+
 def create_backend(
     config: Config, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype, notes: list[str]
 ) -> AttentionBackend:
@@ -115,6 +125,7 @@ def create_backend(
         page_size=config.kv.page_size,
         max_context_len=config.model.max_context_len,
         provider=config.backend.provider,
+        kv_dtype=kv_dtype_of(config, dtype, device),
         num_splits=config.backend.num_splits,
         deterministic=config.backend.deterministic,
         options=config.backend.options,
@@ -149,7 +160,7 @@ def create_cache(
         "num_kv_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
         "v_head_dim": spec.v_head_dim,
-        "dtype": dtype,
+        "dtype": kv_dtype_of(config, dtype, device),
     }
     num_pages = choose_num_pages(
         kv,

@@ -115,7 +115,7 @@ def _attention_parts(
             result.metrics |= timing.metrics(name)
     # The KV write's too; the metadata's is timing_method.
     result.metrics["attention_timing_method"] = timing.method
-    work = attention_work(workload.current_pass(), engine.specs, engine.dtype.itemsize)
+    work = attention_work(workload.current_pass(), engine.specs, engine.kv_dtype.itemsize)
     microseconds = result.metrics["attention_us"]
     result.metrics["attention_GB_per_s"] = work.bytes / microseconds / 1e3
     result.metrics["attention_TFLOP_per_s"] = work.flops / microseconds / 1e6
@@ -128,7 +128,7 @@ def _roof(engine: Engine, workload: Workload, unit: Unit, timing: Timing, result
     if not isinstance(model, Decoder) or unit.name == "prefill":
         return
     done = workload.current_pass()
-    work = attention_work(done, engine.specs, engine.dtype.itemsize)
+    work = attention_work(done, engine.specs, engine.kv_dtype.itemsize)
     flops = 2 * model.multiply_adds(unit.tokens, len(done.rows)) + work.flops
     num_bytes = model.step_weight_bytes(unit.tokens, len(done.rows)) + work.bytes
     _fraction(engine, unit.name, num_bytes, flops, timing.median_us, result)

@@ -35,8 +35,15 @@ class OracleAttention:
         slots_N: Tensor,
         num_tokens: int,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        self._specs, self._kv, self._slots_N, self._dtype = specs, kv, slots_N, dtype
+        self._specs, self._kv, self._slots_N, self._dtype, self._kv_dtype = (
+            specs,
+            kv,
+            slots_N,
+            dtype,
+            kv_dtype,
+        )
         prefix_len = slots_N.shape[0]
         self._positions_T = torch.arange(prefix_len, prefix_len + num_tokens, device=slots_N.device)
 
@@ -55,11 +62,23 @@ class OracleAttention:
             own = torch.arange(k_TKD.shape[0], device=k_TKD.device)
             ops.rope_write_kv(q_THD, k_TKD, v_TKV, rope, self._positions_T, rotated, values, own)
             k_TKD = rotated
+        k_TKD, v_TKV = (as_cached(x, self._kv_dtype) for x in (k_TKD, v_TKV))
         k = torch.cat([self._kv.k(layer_id)[self._slots_N].to(k_TKD.dtype), k_TKD])
         v = torch.cat([self._kv.v(layer_id)[self._slots_N].to(v_TKV.dtype), v_TKV])
         spec = self._specs[layer_id]
         out, _ = attention(q_THD, k, v, self._positions_T, spec, sinks_H=sinks_H, compute_dtype=self._dtype)
         return out.to(q_THD.dtype)
+
+
+def own_kv_dtype(engine: Engine) -> torch.dtype | None:
+    """The cache's dtype where it is not the model's, else None: what is read is then what was written, but for a
+    rounding that is part of what the user asked for and no error."""
+    return engine.kv_dtype if engine.kv_dtype != engine.dtype else None
+
+
+def as_cached(x: Tensor, kv_dtype: torch.dtype | None) -> Tensor:
+    """`x` as it would come back from a cache of that dtype."""
+    return x if kv_dtype is None else x.to(kv_dtype).to(x.dtype)
 
 
 @contextmanager
@@ -102,7 +121,8 @@ def case_logits(engine: Engine, case: Case, dtype: torch.dtype) -> Tensor:
     table, device = engine.runner.req_to_token_RW, engine.device
     slots_N = table[case.row, : case.prefix_len].long()
     tokens_T = case.tokens_T.to(device)
-    attend = OracleAttention(engine.specs, engine.cache.kv, slots_N, len(tokens_T), dtype)
+    kv = engine.cache.kv
+    attend = OracleAttention(engine.specs, kv, slots_N, len(tokens_T), dtype, own_kv_dtype(engine))
     logits = engine.runner.model.compute_logits(engine.runner.model(tokens_T, attend, case.at_M.to(device)))
     assert logits is not None
     return logits
@@ -147,8 +167,8 @@ def check_attention(engine: Engine, passes: Sequence[Pass], max_requests: int) -
             positions, rows = rows + prefix_len, rows + first
             for layer_id, spec in enumerate(engine.specs):
                 q = stack.q_THD[rows]
-                k = torch.cat([kv.k(layer_id)[slots_N], stack.k_TKD[own]])
-                v = torch.cat([kv.v(layer_id)[slots_N], stack.v_TKV[own]])
+                k = torch.cat([kv.k(layer_id)[slots_N], stack.k_TKD[own].to(engine.kv_dtype)])
+                v = torch.cat([kv.v(layer_id)[slots_N], stack.v_TKV[own].to(engine.kv_dtype)])
                 baseline, reference = (
                     attention(q, k, v, positions, spec, sinks_H=stack.sinks_H, compute_dtype=dtype)[0]
                     for dtype in (engine.dtype, torch.float64)
