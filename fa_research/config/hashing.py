@@ -15,7 +15,7 @@ from fa_research.config.ablation import given, leaves
 from fa_research.config.schemas import Config
 
 # Where and how results are kept does not change what is measured.
-NOT_HASHED = frozenset({"tracking", "hydra", "study"})
+NOT_HASHED = frozenset({"tracking", "hydra", "study", "sweep"})
 # With `model.path`, the folder says the rest, whether it has been read yet or not.
 HASHED_WITH_PATH = frozenset({"path", "dtype"})
 
@@ -46,6 +46,8 @@ def config_hash(cfg: Config | DictConfig | Mapping[str, Any], overrides: Iterabl
     folder was read, some of these only show in what was typed: `overrides`, or those in the `hydra` node of `cfg`.
     """
     measured = {key: value for key, value in to_plain(cfg).items() if key not in NOT_HASHED}
+    if isinstance(options := measured.get("measure"), dict):
+        measured["measure"] = {key: value for key, value in options.items() if key != "timeout_s"}
     model = measured.get("model")
     if isinstance(model, dict) and model.get("path") is not None:
         counted = {key: value for key, value in model.items() if key in HASHED_WITH_PATH}

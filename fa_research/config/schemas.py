@@ -35,6 +35,11 @@ class L2State(Choice):
     warm = "warm"
 
 
+class TimerKind(Choice):
+    events = "events"  # CUDA events around a pass, or around a captured graph
+    cupti = "cupti"  # the durations of the kernels themselves, as CUPTI records them
+
+
 class TrackingMode(Choice):
     auto = "auto"  # online if a W&B key is configured, else offline
     online = "online"
@@ -136,6 +141,20 @@ class MeasureConfig:
     repeats: int = 20
     max_seconds: float = 10.0
     l2: L2State = L2State.cold
+    timer: TimerKind = TimerKind.events
+    self_test: bool = True  # GPU: time what is known first, and refuse to measure where the clock is off
+    ledger: bool = True  # what each part of a step costs; they have to add up
+    timeout_s: float = 1800.0  # a cell of a sweep that takes longer is stopped
+
+
+@dataclass(slots=True)
+class SweepConfig:
+    """How the cells of a sweep (`-m`) are run; it does not change what they measure."""
+
+    isolate: bool = True  # each in a worker process, which a fault costs and no other cell
+    fail_fast: bool = False  # stop at the first cell that is wrong or broken
+    exclude: list[str] = field(default_factory=list)  # as in 'backend=fa4,kv.page_size=1': cells to leave out
+    report: bool = True  # report.html and figures at the end
 
 
 @dataclass(slots=True)
@@ -165,6 +184,7 @@ class Config:
     workload: WorkloadConfig = field(default_factory=TextWorkload)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 

@@ -22,6 +22,7 @@ GROUPS = (
     "workload",
     "sampling",
     "measure",
+    "sweep",
     "tracking",
     "experiment",
     "debug",

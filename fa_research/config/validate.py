@@ -112,6 +112,7 @@ def _measure(measure: MeasureConfig) -> Iterator[str]:
     yield from at_least("measure.warmup", measure.warmup, 0)
     yield from at_least("measure.repeats", measure.repeats, 1)
     yield from positive("measure.max_seconds", measure.max_seconds)
+    yield from positive("measure.timeout_s", measure.timeout_s)
 
 
 def _workload(workload: WorkloadConfig, model: ModelConfig) -> Iterator[str]:
