@@ -116,10 +116,7 @@ def _attention_parts(
     # The KV write's too; the metadata's is timing_method.
     result.metrics["attention_timing_method"] = timing.method
     work = attention_work(workload.current_pass(), engine.specs, engine.kv_dtype.itemsize)
-    microseconds = result.metrics["attention_us"]
-    result.metrics["attention_GB_per_s"] = work.bytes / microseconds / 1e3
-    result.metrics["attention_TFLOP_per_s"] = work.flops / microseconds / 1e6
-    _fraction(engine, "attention", work.bytes, work.flops, microseconds, result)
+    _rates(engine, "attention", work.bytes, work.flops, result.metrics["attention_us"], result)
 
 
 def _roof(engine: Engine, workload: Workload, unit: Unit, timing: Timing, result: Measurement) -> None:
@@ -131,12 +128,15 @@ def _roof(engine: Engine, workload: Workload, unit: Unit, timing: Timing, result
     work = attention_work(done, engine.specs, engine.kv_dtype.itemsize)
     flops = 2 * model.multiply_adds(unit.tokens, len(done.rows)) + work.flops
     num_bytes = model.step_weight_bytes(unit.tokens, len(done.rows)) + work.bytes
-    _fraction(engine, unit.name, num_bytes, flops, timing.median_us, result)
+    _rates(engine, unit.name, num_bytes, flops, timing.median_us, result)
 
 
-def _fraction(
+def _rates(
     engine: Engine, name: str, num_bytes: int, flops: int, microseconds: float, result: Measurement
 ) -> None:
+    """What moving these bytes and doing these operations in that time comes to, and its share of the roof."""
+    result.metrics[f"{name}_GB_per_s"] = num_bytes / microseconds / 1e3
+    result.metrics[f"{name}_TFLOP_per_s"] = flops / microseconds / 1e6
     if engine.device.type != "cuda":
         return
     roof = measure_roof(engine.device, engine.dtype)
