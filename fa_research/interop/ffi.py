@@ -1,5 +1,5 @@
 """Python functions on torch tensors as XLA custom calls, in this process and without copies: a handler for XLA's C
-interface (xla/ffi/api/c_api.h in jaxlib), written with ctypes so that nothing has to be compiled or installed.
+interface, written with ctypes so that nothing has to be compiled or installed.
 
 The addresses that XLA passes are wrapped as tensors that own nothing. They are valid during the call only; the wrappers
 are kept by address, because a compiled program passes the same ones again and again.
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fa_research.interop.dlpack import import_jax
+from fa_research.interop.replay import Replays
+from fa_research.interop.xla_structs import HANDLER, ErrorArgs, Frame, StreamArgs
 
 TARGET = "fa_research_call"
 _MAX_WRAPPED = 1024  # addresses remembered per call; past that they are forgotten all at once
@@ -30,13 +32,19 @@ Shape = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(slots=True)
 class Call:
-    """One call site: what runs, on which torch device, and the shapes that its program was compiled for."""
+    """One call site: what runs, on which torch device, and the shapes that its program was compiled for. `replays`: on
+    a GPU the work is captured and replayed."""
 
     function: Function
     device: torch.device
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
+    replays: Replays | None = None
     wrapped: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by (argument, address)
+
+    def run(self, addresses: tuple[int, ...]) -> None:
+        """The function on the tensors at these addresses."""
+        self.function(*self.tensors(addresses))
 
     def tensors(self, addresses: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs and outputs at these addresses. Each is remembered for itself: the pool stays where it is while
@@ -66,105 +74,6 @@ def add_call(call: Call) -> int:
     return len(_calls) - 1
 
 
-# The structs of c_api.h, as far as they are read. XLA may append fields, it does not move them.
-
-
-class _Struct(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t), ("extension", ctypes.c_void_p)]
-
-
-class _Buffer(_Struct):
-    _fields_ = [
-        ("dtype", ctypes.c_int),
-        ("data", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("dims", ctypes.c_void_p),
-    ]
-
-
-class _Arguments(_Struct):
-    _fields_ = [
-        ("size", ctypes.c_int64),
-        ("types", ctypes.c_void_p),
-        ("items", ctypes.POINTER(ctypes.POINTER(_Buffer))),
-    ]
-
-
-class _Scalar(ctypes.Structure):
-    _fields_ = [("dtype", ctypes.c_int), ("value", ctypes.POINTER(ctypes.c_int64))]
-
-
-class _Attributes(_Struct):
-    _fields_ = [
-        ("size", ctypes.c_int64),
-        ("types", ctypes.c_void_p),
-        ("names", ctypes.c_void_p),
-        ("items", ctypes.POINTER(ctypes.POINTER(_Scalar))),
-    ]
-
-
-class _Version(_Struct):
-    _fields_ = [
-        ("major", ctypes.c_int),
-        ("minor", ctypes.c_int),
-    ]
-
-
-class _Api(_Struct):
-    _fields_ = [
-        ("version", _Version),
-        ("internal", ctypes.c_void_p),
-        ("error_create", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)),
-        ("error_message", ctypes.c_void_p),
-        ("error_destroy", ctypes.c_void_p),
-        ("handler_register", ctypes.c_void_p),
-        ("stream_get", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)),
-    ]
-
-
-class _Metadata(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t), ("version", _Version), ("traits", ctypes.c_uint32)]
-
-
-class _Extension(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", ctypes.c_size_t),
-        ("type", ctypes.c_int),
-        ("next", ctypes.c_void_p),
-        ("metadata", ctypes.POINTER(_Metadata)),
-    ]
-
-
-class _Frame(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", ctypes.c_size_t),
-        ("extension", ctypes.POINTER(_Extension)),
-        ("api", ctypes.POINTER(_Api)),
-        ("context", ctypes.c_void_p),
-        ("stage", ctypes.c_int),
-        ("arguments", _Arguments),
-        ("results", _Arguments),
-        ("attributes", _Attributes),
-    ]
-
-
-class _StreamArgs(_Struct):
-    _fields_ = [
-        ("context", ctypes.c_void_p),
-        ("stream", ctypes.c_void_p),
-    ]
-
-
-class _ErrorArgs(_Struct):
-    _fields_ = [
-        ("message", ctypes.c_char_p),
-        ("code", ctypes.c_int),
-    ]
-
-
-_HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Frame))
-
-
 def _handle(pointer: Any, platform: str) -> int | None:
     """The custom call; what it raises becomes XLA's error, and so JAX's."""
     frame = pointer.contents
@@ -178,32 +87,34 @@ def _handle(pointer: Any, platform: str) -> int | None:
         _run(frame, platform)
     except BaseException as error:
         text = f"{type(error).__name__}: {error}".encode()
-        args = _ErrorArgs(ctypes.sizeof(_ErrorArgs), None, text, _INTERNAL)
+        args = ErrorArgs(ctypes.sizeof(ErrorArgs), None, text, _INTERNAL)
         result: int | None = frame.api.contents.error_create(ctypes.addressof(args))
         return result
     return None
 
 
-def _run(frame: _Frame, platform: str) -> None:
+def _run(frame: Frame, platform: str) -> None:
     call = _calls[frame.attributes.items[0].contents.value[0]]
     if call.device.type != platform:
         raise RuntimeError(
             f"compiled for {platform}, asked for device={call.device.type}; pass device={platform!r}"
         )
-    arguments, results = frame.arguments, frame.results
-    addresses = [arguments.items[i].contents.data or 0 for i in range(arguments.size)]
-    addresses += [results.items[i].contents.data or 0 for i in range(results.size)]
+    addresses = (*frame.arguments.addresses(), *frame.results.addresses())
     with torch.inference_mode():
         if platform == "cpu":
-            call.function(*call.tensors(tuple(addresses)))
+            call.run(addresses)
             return
-        with torch.cuda.stream(_stream(frame, call.device)):
-            call.function(*call.tensors(tuple(addresses)))
+        stream = _stream(frame, call.device)
+        with torch.cuda.stream(stream):
+            if call.replays is None:
+                call.run(addresses)
+            else:
+                call.replays.run(lambda: call.run(addresses), stream.cuda_stream, addresses)
 
 
-def _stream(frame: _Frame, device: torch.device) -> Any:
+def _stream(frame: Frame, device: torch.device) -> Any:
     """XLA's stream: what runs on it comes after what makes the inputs, and before what reads the outputs."""
-    args = _StreamArgs(ctypes.sizeof(_StreamArgs), None, frame.context, None)
+    args = StreamArgs(ctypes.sizeof(StreamArgs), None, frame.context, None)
     if frame.api.contents.stream_get(ctypes.addressof(args)):
         raise RuntimeError("XLA gives no stream")
     pointer = args.stream or 0
@@ -243,6 +154,6 @@ def _register() -> None:
         return
     jax = import_jax()
     for platform, name in (("cpu", "cpu"), ("cuda", "CUDA")):
-        handler = _HANDLER(lambda frame, platform=platform: _handle(frame, platform))
+        handler = HANDLER(lambda frame, platform=platform: _handle(frame, platform))
         _handlers[platform] = handler
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform=name)

@@ -22,9 +22,10 @@ from fa_research.errors import InteropError
 from fa_research.interop import ffi
 from fa_research.interop.checks import check, check_arguments
 from fa_research.interop.dlpack import import_jax
+from fa_research.interop.replay import Replays
 from fa_research.masks import Causal, Mask
 from fa_research.metadata import FlashAttentionMetadata
-from fa_research.spec import AttentionSpec
+from fa_research.spec import AttentionSpec, GraphSupport
 
 if TYPE_CHECKING:
     import jax
@@ -189,7 +190,13 @@ class _Served:
 def _call_number(
     served: _Served, device: torch.device, inputs: tuple[ffi.Shape, ...], outputs: tuple[ffi.Shape, ...]
 ) -> int:
-    return ffi.add_call(ffi.Call(served, device, inputs, outputs))
+    # Lengths of a decode are read on the device, so that the graph of one call is the graph of all.
+    can = served.backend.backend.capabilities
+    captured = (
+        served.max_seq_len_q == 1 and can.cuda_graph is not GraphSupport.NEVER and not can.host_planning
+    )
+    replays = Replays() if device.type == "cuda" and captured else None
+    return ffi.add_call(ffi.Call(served, device, inputs, outputs, replays))
 
 
 @cache

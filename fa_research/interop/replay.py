@@ -1,0 +1,67 @@
+"""CUDA graphs of a custom call's work, by the addresses that it was given.
+
+A compiled JAX program passes the same few addresses again and again. What a call does to them is captured the second
+time and replayed from then on, so that the host's part is one launch: no planning, no wrapping, no kernel's own
+Python. Only for work that reads lengths on the device, as a captured decode step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_MOST = 64  # graphs kept for a call; a new one takes the place of the oldest
+_MOST_SEEN = 1024  # addresses met once
+_pools: dict[int, Any] = {}  # by stream: what one stream replays in order may share memory
+_side: list[torch.cuda.Stream] = []  # one for all: cuBLAS keeps a workspace for every stream that it has seen
+
+Addresses = tuple[int, ...]
+
+
+class Replays:
+    """The graphs of one call."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[int, Addresses], torch.cuda.CUDAGraph] = {}
+        self._seen: set[tuple[int, Addresses]] = set()
+
+    def run(self, work: Callable[[], None], stream: int, addresses: Addresses) -> None:
+        """Do `work`, whose tensors lie at `addresses`, on the current stream, whose handle is `stream`."""
+        key = stream, addresses
+        graph = self._graphs.get(key)
+        if graph is None:
+            if key not in self._seen:
+                self._meet(key)
+                work()  # compiles kernels and makes workspaces, which a capture cannot
+                return
+            graph = self._capture(work, stream)
+            self._keep(key, graph)
+        graph.replay()
+
+    def _meet(self, key: tuple[int, Addresses]) -> None:
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen.clear()
+        self._seen.add(key)
+
+    def _keep(self, key: tuple[int, Addresses], graph: torch.cuda.CUDAGraph) -> None:
+        if len(self._graphs) >= _MOST:
+            del self._graphs[next(iter(self._graphs))]
+        self._graphs[key] = graph
+
+    def _capture(self, work: Callable[[], None], stream: int) -> torch.cuda.CUDAGraph:
+        """Without `torch.cuda.graph`, which waits for the device and collects garbage; and in the mode that lets
+        XLA's other threads allocate meanwhile."""
+        if stream not in _pools:
+            _pools[stream] = torch.cuda.graph_pool_handle()
+        if not _side:
+            _side.append(torch.cuda.Stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(_side[0]):
+            graph.capture_begin(pool=_pools[stream], capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        return graph
