@@ -43,15 +43,15 @@ class JaxBackend(AttentionBackend):
     (`interop.dlpack`). Masks are evaluated by their own predicate. XLA runs outside torch's streams, so a step cannot
     be captured.
 
-    `backend.options.kernel` says what computes passes of one token a request: `xla` (the default), `pallas` (our Pallas
-    kernel, interpreted on the CPU; a spec it cannot run is refused), or `auto` (Pallas on a GPU for the specs that it
-    can run, else XLA). XLA computes all other passes. The row's notes say which it was, and why."""
+    `backend.options.kernel` says what computes passes of one token a request: `auto` (the default: our Pallas kernel
+    on a GPU for the specs that it can run, else XLA), `xla`, or `pallas` (interpreted on the CPU; a spec it cannot run
+    is refused). XLA computes all other passes. The row's notes say which it was, and why."""
 
     name = "jax"
     option_names = frozenset({"kernel"})
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
-        self._kernel = settings.options.get("kernel", "xla")
+        self._kernel = settings.options.get("kernel", "auto")
         super().__init__(settings, specs)
         if self._kernel not in _KERNELS:
             raise ConfigError(
@@ -102,14 +102,13 @@ class JaxBackend(AttentionBackend):
     def _choose(self, spec: AttentionSpec) -> tuple[str, str]:
         """The kernel of decode passes and why it was taken."""
         if self._kernel != "auto":
-            asked = "kernel" in self.settings.options
-            return self._kernel, "as asked" if asked else "the default"
+            return self._kernel, "as asked"
         if self.settings.device.type != "cuda":
-            return "xla", "kernel=auto: pallas is interpreted off the GPU"
+            return "xla", "pallas is interpreted off the GPU"
         reasons = _reasons_against_pallas(spec, self.settings)
         if reasons:
-            return "xla", f"kernel=auto: not pallas: {', '.join(reasons)}"
-        return "pallas", "kernel=auto: a GPU"
+            return "xla", f"not pallas: {', '.join(reasons)}"
+        return "pallas", "on a GPU"
 
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
         if self.name not in metadata.plans:  # the same for every kind of layer

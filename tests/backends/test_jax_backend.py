@@ -149,12 +149,12 @@ def test_pallas_beyond_int32() -> None:
 @pytest.mark.parametrize(
     ("device", "options", "head_dim", "decodes", "because"),
     [
-        ("cpu", {}, 64, "xla", "the default"),
+        ("cpu", {}, 64, "xla", "pallas is interpreted off the GPU"),
         ("cpu", {"kernel": "pallas"}, 64, "pallas", "as asked"),
-        ("cpu", {"kernel": "auto"}, 64, "xla", "kernel=auto: pallas is interpreted off the GPU"),
-        pytest.param("cuda", {"kernel": "auto"}, 64, "pallas", "kernel=auto: a GPU", marks=pytest.mark.gpu),
+        ("cpu", {"kernel": "xla"}, 64, "xla", "as asked"),
+        pytest.param("cuda", {}, 64, "pallas", "on a GPU", marks=pytest.mark.gpu),
         pytest.param(
-            "cuda", {"kernel": "auto"}, 96, "xla", "not pallas: head dims 96", marks=pytest.mark.gpu
+            "cuda", {}, 96, "xla", "not pallas: head dims 96", marks=pytest.mark.gpu
         ),
     ],
 )

@@ -159,7 +159,10 @@ def test_the_automatic_backend_is_noted_with_its_reason() -> None:
 def test_what_a_backend_chose_is_noted() -> None:
     pytest.importorskip("jax")
     (note,) = engine_of(config_of(backend=BackendConfig("jax"))).notes
-    assert note == "backend=jax: one token a request by xla, other passes by xla (the default)"
+    assert (
+        note
+        == "backend=jax: one token a request by xla, other passes by xla (pallas is interpreted off the GPU)"
+    )
 
 
 def test_a_backend_that_cannot_run_here_names_those_that_can() -> None:
