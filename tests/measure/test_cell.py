@@ -9,7 +9,7 @@ import torch
 
 from fa_research.config import L2State, Level
 from fa_research.measure import cell as cell_module
-from fa_research.measure.cell import Measurement, _attention_parts, _fraction, measure
+from fa_research.measure.cell import Measurement, _attention_parts, _rates, measure
 from fa_research.measure.roofline import Roof, measure_roof
 from fa_research.measure.timing import Timer
 from fa_research.measure.work import attention_work
@@ -37,8 +37,9 @@ def test_every_unit_has_its_columns(name: str, level: Level) -> None:
     expected = {f"{unit}_{column}" for unit in UNITS[name] + parts for column in TIMES}
     expected |= {f"{unit}_tokens_per_s" for unit in UNITS[name]}
     expected |= {"timing_method", "timing_l2", "kv_pool_bytes", "kv_num_pages", "model_weight_bytes"}
-    of_parts = {"attention_GB_per_s", "attention_TFLOP_per_s", "attention_timing_method"}
-    expected |= of_parts if parts else set()
+    counted = ["attention"] if parts else [unit for unit in UNITS[name] if unit != "prefill"]
+    expected |= {f"{unit}_{rate}" for unit in counted for rate in ("GB_per_s", "TFLOP_per_s")}
+    expected |= {"attention_timing_method"} if parts else set()
     assert set(result.metrics) == expected
     assert all(value > 0 for key, value in result.metrics.items() if key.endswith(("us", "_s", "count")))
     for unit in workload.units():
@@ -105,7 +106,7 @@ def test_what_beats_the_roof_is_suspect(
     monkeypatch.setattr(cell_module, "measure_roof", lambda device, dtype: Roof(1e12, 2e12))
     engine = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     result = Measurement({"timing_l2": l2})
-    _fraction(engine, "decode_step", 1_000_000, 1_000_000, microseconds, result)  # type: ignore[arg-type]
+    _rates(engine, "decode_step", 1_000_000, 1_000_000, microseconds, result)  # type: ignore[arg-type]
     assert result.metrics["decode_step_roof_fraction"] == pytest.approx(1 / microseconds)
     assert (result.metrics["roof_GB_per_s"], result.metrics["roof_TFLOP_per_s"]) == (1000, 2)
     assert bool(result.suspicions) == suspect
