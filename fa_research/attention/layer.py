@@ -14,6 +14,7 @@ from fa_research.attention.lowering import Lowering
 from fa_research.attention.merge import apply_sinks
 from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.kv_cache import TokenToKVPool
+from fa_research.phases import ATTENTION, KV_WRITE, mark
 
 
 class Attend(Protocol):
@@ -71,8 +72,10 @@ class PagedAttention:
     ) -> Tensor:
         """Output [T, H, V] in the query's dtype. `q_THD` is rotated in place when there is a rope table
         (float32 [X, D], cosines then sines)."""
-        self.write(layer_id, q_THD, k_TKD, v_TKV, rope)
-        return self.read(layer_id, q_THD, sinks_H)
+        with mark(KV_WRITE):
+            self.write(layer_id, q_THD, k_TKD, v_TKV, rope)
+        with mark(ATTENTION):
+            return self.read(layer_id, q_THD, sinks_H)
 
     @property
     def mode(self) -> ForwardMode:

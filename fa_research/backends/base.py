@@ -22,6 +22,7 @@ from fa_research.attention.lowering import Lowering, lower
 from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.errors import ConfigError
 from fa_research.metadata import FlashAttentionMetadata, fill_metadata
+from fa_research.phases import HOST_PLAN, METADATA, mark
 from fa_research.spec import AttentionSpec, Capabilities
 
 
@@ -49,6 +50,8 @@ class AttentionBackend(ABC):
     name: ClassVar[str]
     option_names: ClassVar[frozenset[str]] = frozenset()
     takes_provider: ClassVar[bool] = False  # whether several packages offer its kernels
+    # Parts of the names of the kernels that join split results, for the step-cost ledger.
+    combine_kernels: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
         unknown = set(settings.options) - self.option_names
@@ -63,6 +66,7 @@ class AttentionBackend(ABC):
             )
         self.settings = settings
         self.lowerings: tuple[Lowering, ...] = tuple(self.lower(spec) for spec in specs)
+        self._plan_phase = HOST_PLAN if self.capabilities.host_planning else METADATA
         self.forward_metadata: FlashAttentionMetadata | None = None
         self._chunked: dict[int, FlashAttentionMetadata] = {}
         self._static: FlashAttentionMetadata | None = None
@@ -202,8 +206,9 @@ class AttentionBackend(ABC):
         self._chunked = {chunk: chunk_metadata(metadata, batch, chunk) for chunk in chunks}
         if static:
             self._chunked = {chunk: self._keep(chunk, derived) for chunk, derived in self._chunked.items()}
-        for lowering in dict.fromkeys(self.lowerings):
-            self.plan(self._chunked[lowering.chunk] if lowering.chunk else metadata, lowering)
+        with mark(self._plan_phase):
+            for lowering in dict.fromkeys(self.lowerings):
+                self.plan(self._chunked[lowering.chunk] if lowering.chunk else metadata, lowering)
         return metadata
 
     def _keep(self, chunk: int, derived: FlashAttentionMetadata) -> FlashAttentionMetadata:

@@ -26,6 +26,7 @@ class FlashAttnBackend(AttentionBackend):
     """The kernels index pages as [P, S, K, D]; the pool's buffers are viewed so without a copy."""
 
     takes_provider = True
+    combine_kernels = ("combine", "Combine")
     version: ClassVar[int]
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:

@@ -18,6 +18,7 @@ class TritonBackend(AttentionBackend):
     """Any GPU that Triton supports; without one, the Triton interpreter on the CPU (slow, for correctness only)."""
 
     name = "triton"
+    combine_kernels = ("_combine_kernel",)
 
     @classmethod
     def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:

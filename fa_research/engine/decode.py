@@ -22,6 +22,7 @@ from fa_research.engine.token_reader import TokenReader
 from fa_research.errors import ConfigError, KVCacheFull
 from fa_research.kernels import ops
 from fa_research.kv_cache import CachedRequest
+from fa_research.phases import METADATA, SAMPLING, mark
 
 
 class DecodeRunner:
@@ -114,22 +115,25 @@ class DecodeRunner:
         self._steps_reserved = 0
 
     @torch.inference_mode()
-    def step(self) -> None:
+    def step(self, *, replay: bool = True) -> None:
         """One token for every request. Nothing is waited for: `reader` has the tokens, `logits_BX` the logits.
+        `replay=False` launches what the graph holds kernel by kernel: the same step, slower, with its phases marked.
         Raises KVCacheFull or ConfigError (context limit)."""
         if self._steps_reserved == 0:
-            self._reserve()
+            with mark(METADATA):
+                self._reserve()
         if self._padded_size == 0:
             logits = self._eager_step()
         elif self.graphs is not None:
-            logits = self._replay(self._padded_size)
+            logits = self._replay(self._padded_size) if replay else self._launch(self._padded_size)
         else:
             logits = self._static_step(self._padded_size)
         self._steps_reserved -= 1
         self._steps_unrecorded += 1
         self._padded_logits = logits
         if logits is not None:
-            self.reader.push(self._sampled_B)
+            with mark(SAMPLING):
+                self.reader.push(self._sampled_B)
 
     def flush(self) -> None:
         """Bring the requests' `seq_len` on the host up to date with the steps taken."""
@@ -171,6 +175,13 @@ class DecodeRunner:
             self._prepare(batch_size, self.runner.backend.init_forward_metadata_replay_cuda_graph)
         return self.graphs.replay(batch_size)
 
+    def _launch(self, batch_size: int) -> Tensor | None:
+        """What `_replay` does, without the graph."""
+        if not self._plans_on_host:
+            return self._static_step(batch_size)
+        batch = self._prepare(batch_size, self.runner.backend.init_forward_metadata_replay_cuda_graph)
+        return self._compute(batch, self._static)
+
     def _static_step(self, batch_size: int) -> Tensor | None:
         """The step on the static buffers: what a graph captures, and what `simulate` runs."""
         batch = self._prepare(batch_size, self.runner.backend.init_forward_metadata_capture_cuda_graph)
@@ -181,27 +192,31 @@ class DecodeRunner:
     ) -> ForwardBatch:
         """The next step's lengths, positions, slots and metadata in the static buffers."""
         table = self.runner.req_to_token_RW
-        batch = self._static.advance(batch_size, table, self.max_seq_len_k)
-        if self._plans_on_host:
-            batch.seq_lens_cpu = self._lens_after_step(batch_size)
-        init_metadata(batch, table)
+        with mark(METADATA):
+            batch = self._static.advance(batch_size, table, self.max_seq_len_k)
+            if self._plans_on_host:
+                batch.seq_lens_cpu = self._lens_after_step(batch_size)
+            init_metadata(batch, table)
         return batch
 
     def _eager_step(self) -> Tensor | None:
         size, table = len(self._requests), self.runner.req_to_token_RW
         lens = self._lens_after_step(size)
-        batch = self._state.advance(size, table, max(lens))
-        batch.seq_lens_cpu = lens
-        self.runner.backend.init_forward_metadata(batch, table)
+        with mark(METADATA):
+            batch = self._state.advance(size, table, max(lens))
+            batch.seq_lens_cpu = lens
+            self.runner.backend.init_forward_metadata(batch, table)
         return self._compute(batch, self._state)
 
     def _compute(self, batch: ForwardBatch, state: DecodeState) -> Tensor | None:
         """Model and sampling; the sampled tokens are the next step's input."""
-        logits = self.runner.model.compute_logits(self.runner.forward(batch))
-        if logits is not None and self.sampling:
-            state.sample(logits)
-        elif logits is not None:
-            ops.argmax(logits, out=state.input_ids_B[: batch.batch_size])
+        logits = self.runner.compute_logits(self.runner.forward(batch))
+        if logits is not None:
+            with mark(SAMPLING):
+                if self.sampling:
+                    state.sample(logits)
+                else:
+                    ops.argmax(logits, out=state.input_ids_B[: batch.batch_size])
         return logits
 
     def _lens_after_step(self, batch_size: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from fa_research.backends import AttentionBackend
 from fa_research.batch import ForwardBatch, extend_batch
 from fa_research.errors import ConfigError
 from fa_research.kv_cache import CachedRequest, PagedKVCache
+from fa_research.phases import METADATA, MODEL, mark
 
 Observe = Callable[[ForwardBatch, Tensor], object]  # an extend pass's batch and hidden states [T, E]
 
@@ -48,7 +49,13 @@ class ModelRunner:
     def forward(self, batch: ForwardBatch, rows_M: Tensor | None = None) -> Tensor:
         """Hidden states [T, E] (or of the tokens `rows_M`) of a batch whose metadata the backend has built."""
         attend = PagedAttention(self.backend, self.cache.kv, batch, self.backend.lowerings)
-        return self.model(batch.input_ids_T, attend, rows_M)
+        with mark(MODEL):
+            return self.model(batch.input_ids_T, attend, rows_M)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor | None:
+        """Logits [*, vocabulary] of hidden states, or None where there is no head."""
+        with mark(MODEL):
+            return self.model.compute_logits(hidden)
 
     def prepare_extend(
         self, requests: Sequence[CachedRequest], new_tokens: Sequence[Sequence[int] | Tensor]
@@ -57,20 +64,22 @@ class ModelRunner:
         without new tokens or past the context limit; then nothing has changed."""
         _refuse_empty(new_tokens)
         prefix_lens = [request.seq_len for request in requests]
-        self.cache.extend(requests, [len(tokens) for tokens in new_tokens])
-        return extend_batch(self.req_to_token_RW, [r.row for r in requests], prefix_lens, new_tokens)
+        with mark(METADATA):
+            self.cache.extend(requests, [len(tokens) for tokens in new_tokens])
+            return extend_batch(self.req_to_token_RW, [r.row for r in requests], prefix_lens, new_tokens)
 
     @torch.inference_mode()
     def extend_pass(self, batch: ForwardBatch, observe: Observe | None = None) -> Tensor | None:
         """One EXTEND or MIXED pass: metadata, model, logits [B, vocabulary] of each request's last token. `observe`
         gets the hidden states of all tokens, which are computed for it alone."""
-        metadata = self.backend.init_forward_metadata(batch, self.req_to_token_RW)
-        last_B = metadata.cu_seqlens_q_B1[1:].long() - 1
+        with mark(METADATA):
+            metadata = self.backend.init_forward_metadata(batch, self.req_to_token_RW)
+            last_B = metadata.cu_seqlens_q_B1[1:].long() - 1
         if observe is None:
-            return self.model.compute_logits(self.forward(batch, last_B))
+            return self.compute_logits(self.forward(batch, last_B))
         hidden_TE = self.forward(batch)
         observe(batch, hidden_TE)
-        return self.model.compute_logits(hidden_TE[last_B])
+        return self.compute_logits(hidden_TE[last_B])
 
     def extend(
         self,

@@ -13,6 +13,7 @@ from fa_research.attention.layer import PagedAttention
 from fa_research.config import GraphMode
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.engine import Engine
+from fa_research.measure.ledger import ledger
 from fa_research.measure.oracle import Oracle, check_attention, compare_logits, reprefill
 from fa_research.measure.roofline import measure_roof
 from fa_research.measure.timing import Timer, Timing
@@ -71,6 +72,10 @@ def measure(engine: Engine, workload: Workload, timer: Timer, tick: Tick) -> Mea
         _attention_parts(engine, engine.stack, workload, timer, result)
         tick()
     result.metrics |= _memory(engine)
+    for unit in (
+        workload.units() if engine.config.measure.ledger else []
+    ):  # last: the profiler may stay in the driver
+        result.metrics |= ledger(engine, unit, timer, result.metrics[f"{unit.name}_us"])
     return result
 
 

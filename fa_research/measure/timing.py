@@ -106,7 +106,7 @@ class Timer:
         deadline = time.monotonic() + self.max_seconds
         while len(events) < samples and (len(events) < 2 or time.monotonic() < deadline):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._prepare_l2()
+            self.prepare_l2()
             start.record()
             run()
             end.record()
@@ -129,7 +129,7 @@ class Timer:
             taken.append((time.perf_counter_ns() - start) / 1e3)
         return Timing(tuple(taken), "perf_counter", "any")
 
-    def _prepare_l2(self) -> None:
+    def prepare_l2(self) -> None:
         """Push what the last call left out of the L2. It also keeps the device busy while the host launches `run`."""
         if self.l2 is L2State.cold:
             if self._flush is None:

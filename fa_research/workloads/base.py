@@ -62,7 +62,8 @@ class Unit:
     """Something to time. `run` launches it and waits for nothing; `tokens` are the new tokens it handles,
     `samples` how many times it is to be timed. `reset` puts back what `run` moves on (the context's length),
     so that every series of samples starts alike. `host_time`: time the host's share too (what launching it
-    costs)."""
+    costs). `launch` is `run` with its kernels launched one by one, where `run` may replay a graph: the ledger
+    learns from it what each kernel is for."""
 
     name: str
     run: Callable[[], object]
@@ -70,6 +71,7 @@ class Unit:
     samples: int
     host_time: bool = False
     reset: Callable[[], object] = nothing
+    launch: Callable[[], object] | None = None
 
 
 class Workload(ABC):

@@ -49,8 +49,7 @@ class Decode(Decoding):
         self.start(self.tokens)
 
     def units(self) -> list[Unit]:
-        size, steps = len(self.requests), int(self.options.steps)
-        return [Unit("decode_step", self.decoder.step, size, steps, host_time=True, reset=self._restart)]
+        return [self.decode_unit(len(self.requests), self._restart)]
 
     def _restart(self) -> None:
         self.restart(self._context_lens(), self.tokens)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -10,7 +11,8 @@ from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.engine.decode import DecodeRunner
 from fa_research.engine.sampling import SamplingParams, sampling_params
 from fa_research.kv_cache import CachedRequest
-from fa_research.workloads.base import Pass, Workload
+from fa_research.phases import METADATA, mark
+from fa_research.workloads.base import Pass, Unit, Workload
 
 
 class Decoding(Workload):
@@ -26,7 +28,8 @@ class Decoding(Workload):
 
     def start(self, last_tokens: Tensor) -> None:
         """Decode from the requests' newest tokens on, which are not in the cache yet."""
-        self.decoder.start(self.requests, last_tokens, self.sampling)
+        with mark(METADATA):
+            self.decoder.start(self.requests, last_tokens, self.sampling)
 
     def restart(self, context_lens: Sequence[int], last_tokens: Tensor) -> None:
         """Decode again from these many tokens in the cache on: what the steps since then wrote is written over."""
@@ -34,6 +37,12 @@ class Decoding(Workload):
         for request, context_len in zip(self.requests, context_lens, strict=True):
             request.seq_len = context_len
         self.start(last_tokens)
+
+    def decode_unit(self, batch_size: int, reset: Callable[[], object]) -> Unit:
+        """One token for each request."""
+        step, steps = self.decoder.step, int(self.options.steps)
+        launch = partial(step, replay=False)
+        return Unit("decode_step", step, batch_size, steps, host_time=True, reset=reset, launch=launch)
 
     def current_pass(self) -> Pass:
         self.decoder.flush()

@@ -15,6 +15,7 @@ from fa_research.engine.engine import Engine, Needs
 from fa_research.engine.sampling import sample
 from fa_research.kv_cache import CachedRequest
 from fa_research.models.tokenizer import Tokenizer, load_tokenizer
+from fa_research.phases import SAMPLING, mark
 from fa_research.workloads.base import Case, Pass, Unit, checked
 from fa_research.workloads.corpus import Passage, read_passages
 from fa_research.workloads.decoding import Decoding
@@ -96,12 +97,12 @@ class Text(Decoding):
         return Generation(engine, self.tokenizer, self.opening, options.generate, options.chunk_size)
 
     def units(self) -> list[Unit]:
-        size, steps = self.options.batch_size, int(self.options.steps)
+        size = self.options.batch_size
         return [
             Unit(
                 "prefill", self.prefill, size * self.options.prompt_len, min(5, self.config.measure.repeats)
             ),
-            Unit("decode_step", self.decoder.step, size, steps, host_time=True, reset=self._restart),
+            self.decode_unit(size, self._restart),
         ]
 
     def prefill(self, observe: Observe | None = None) -> Tensor | None:
@@ -125,7 +126,8 @@ class Text(Decoding):
         if logits is None:
             self.first_tokens = torch.zeros(len(self.requests))
         else:
-            self.first_tokens = sample(logits, self.sampling, [r.seq_len for r in self.requests])
+            with mark(SAMPLING):
+                self.first_tokens = sample(logits, self.sampling, [r.seq_len for r in self.requests])
         self.start(self.first_tokens)
         return logits
 
