@@ -133,6 +133,22 @@ class TextWorkload(WorkloadConfig):
 
 
 @dataclass(slots=True)
+class TraceWorkload(WorkloadConfig):
+    name: str = "trace"
+    path: str | None = None  # a trace of requests, Azure's CSV or Mooncake's JSON lines; required
+    requests: int = 256  # from the file's beginning
+    max_context: int | None = None  # longer requests are cut to it; None: what the model allows
+    pool_tokens: int | None = (
+        131072  # slots of the pool, at every page size; None: kv.num_pages, kv.memory_fraction
+    )
+    concurrency: int = 64  # the most requests that are decoded together
+    prefix_sharing: bool = True  # equal leading blocks of prompts are stored once
+    retained_fraction: float = 0.25  # of the pool, for prompts of finished requests
+    chunk_size: int = 512  # the most new tokens of the timed extend pass
+    steps: int = 16
+
+
+@dataclass(slots=True)
 class MeasureConfig:
     check: bool = True
     quality: bool = True  # of real text: bits per byte, agreement with float32
@@ -194,4 +210,5 @@ WORKLOADS: dict[str, type[WorkloadConfig]] = {
     "extend": ExtendWorkload,
     "mixed": MixedWorkload,
     "text": TextWorkload,
+    "trace": TraceWorkload,
 }

@@ -19,6 +19,7 @@ from fa_research.config.schemas import (
     MixedWorkload,
     SamplingConfig,
     TextWorkload,
+    TraceWorkload,
     WorkloadConfig,
 )
 from fa_research.config.validate_model import model_problems
@@ -37,6 +38,7 @@ def validate(config: Config) -> None:
         *_cuda_graph(config.cuda_graph),
         *_measure(config.measure),
         *_workload(config.workload, config.model),
+        *_pool(config.workload, config.kv),
         *_sampling(config.sampling),
     ]
     if problems:
@@ -134,6 +136,8 @@ def _workload(workload: WorkloadConfig, model: ModelConfig) -> Iterator[str]:
             yield from _fits(workload, model, "context_len", extra=1)
         case TextWorkload():
             yield from _text(workload, model)
+        case TraceWorkload():
+            yield from _trace(workload, model)
 
 
 def _level(workload: WorkloadConfig, model: ModelConfig) -> Iterator[str]:
@@ -159,6 +163,30 @@ def _text(workload: TextWorkload, model: ModelConfig) -> Iterator[str]:
     yield from at_least("workload.generate", workload.generate, 0)
     if workload.generate > 0 and workload.level is Level.model and workload.prompt is None:
         yield from _fits(workload, model, "prompt_len generate")
+
+
+def _trace(workload: TraceWorkload, model: ModelConfig) -> Iterator[str]:
+    yield from _sizes(workload, "requests concurrency chunk_size steps")
+    yield from at_least("workload.pool_tokens", workload.pool_tokens, MAX_PAGE_SIZE)
+    if not 0 <= workload.retained_fraction < 1:
+        yield f"workload.retained_fraction={workload.retained_fraction}: must be at least 0 and below 1"
+    yield from at_least("workload.max_context", workload.max_context, 2)
+    if workload.max_context is None:
+        yield from _fits(workload, model, "steps", extra=2)
+    else:
+        yield from _fits(workload, model, "max_context steps")
+
+
+def _pool(workload: WorkloadConfig, kv: KVConfig) -> Iterator[str]:
+    """A replay's pool has one size, wherever it comes from."""
+    if not isinstance(workload, TraceWorkload):
+        return
+    sizes = {"kv.num_pages": kv.num_pages, "kv.memory_fraction": kv.memory_fraction}
+    given = [f"{key}={value}" for key, value in sizes.items() if value is not None]
+    if workload.pool_tokens is None and not given:
+        yield "workload.pool_tokens=null: give it, kv.num_pages or kv.memory_fraction, the size of the pool"
+    elif workload.pool_tokens is not None and given:
+        yield f"workload.pool_tokens={workload.pool_tokens} and {given[0]}: give one of the two (null for none)"
 
 
 def _sizes(workload: WorkloadConfig, names: str) -> Iterator[str]:

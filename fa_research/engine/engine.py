@@ -24,11 +24,13 @@ ModelFactory = Callable[[torch.device, torch.dtype], EngineModel]
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a workload asks of the engine: the longest each of its requests becomes (tokens), the most tokens of one
-    forward pass, and the longest request that is measured, where others are only shown (None: of all)."""
+    forward pass, the longest request that is measured, where others are only shown (None: of all), and the tokens that
+    the pool holds, where not all requests become their longest at once (None: they do)."""
 
     seq_lens: tuple[int, ...]
     tokens_per_pass: int
     measured_len: int | None = None
+    pool_tokens: int | None = None
 
     @property
     def rope_len(self) -> int:
@@ -36,6 +38,9 @@ class Needs:
         return self.measured_len or max(self.seq_lens)
 
     def pages(self, page_size: int) -> int:
+        """Pages of the pool, the sink left out: as many whole ones as fit `pool_tokens`, or what all requests take."""
+        if self.pool_tokens is not None:
+            return max(1, self.pool_tokens // page_size)
         return sum(-(-seq_len // page_size) for seq_len in self.seq_lens)
 
 

@@ -71,10 +71,12 @@ class PagedAllocator:
     def free(self, pages: Iterable[int]) -> list[int]:
         """One owner fewer for each page; those without an owner go back to the free list, and are returned."""
         freed = []
-        for page in pages:
-            assert self._references[page] > 0, f"page {page} is freed twice"
-            self._references[page] -= 1
-            if self._references[page] == 0:
+        references = self._references
+        for page in pages:  # once for every token where a page is one slot
+            count = references[page]
+            assert count > 0, f"page {page} is freed twice"
+            references[page] = count - 1
+            if count == 1:
                 freed.append(page)
         self._free += freed
         return freed

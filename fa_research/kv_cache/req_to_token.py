@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
 from fa_research.errors import ConfigError
@@ -50,9 +52,11 @@ class ReqToTokenPool:
         if not rows:
             return
         device = self.req_to_token.device
-        update = torch.tensor(
-            [rows, page_indices, pages], dtype=torch.int64, pin_memory=device.type == "cuda"
-        )
+        update = torch.empty(3, len(pages), dtype=torch.int64, pin_memory=device.type == "cuda")
+        for host, values in zip(update, (rows, page_indices, pages), strict=True):
+            host.copy_(
+                torch.frombuffer(array("q", values), dtype=torch.int64)
+            )  # torch.tensor is several times slower
         row, index, page = update.to(device, non_blocking=True)
         table_RPS = self.req_to_token.view(self.max_requests + 1, -1, self.page_size)
         offsets_S = torch.arange(self.page_size, dtype=torch.int32, device=device)

@@ -72,6 +72,7 @@ def measure(engine: Engine, workload: Workload, timer: Timer, tick: Tick) -> Mea
         _attention_parts(engine, engine.stack, workload, timer, result)
         tick()
     result.metrics |= _memory(engine)
+    result.metrics |= workload.columns(result.metrics)
     for unit in (
         workload.units() if engine.config.measure.ledger else []
     ):  # last: the profiler may stay in the driver

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -109,6 +109,10 @@ class Workload(ABC):
     @abstractmethod
     def batch(self) -> ForwardBatch:
         """The last unit as the backend sees it, to time the parts of its attention path one by one."""
+
+    def columns(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """What the row says of the workload itself, beside the `metrics` that were timed."""
+        return {}
 
     @property
     def most_steps(self) -> int:

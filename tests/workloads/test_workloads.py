@@ -26,13 +26,14 @@ PLACES = [
 
 
 def test_registry() -> None:
-    assert workloads.names() == ("decode", "extend", "mixed", "text")
-    for name in workloads.names():
-        assert workloads.create(cell(name)).name == name
+    assert workloads.names() == ("decode", "extend", "mixed", "text", "trace")
     config = cell()
+    for name in workloads.names():
+        config.workload.name = name
+        assert workloads.create(config).name == name
     config.workload.name = "chat"
     with pytest.raises(
-        ConfigError, match="workload.name=chat is unknown; choose one of decode, extend, mixed, text"
+        ConfigError, match="workload.name=chat is unknown; choose one of decode, extend, mixed, text, trace"
     ):
         workloads.create(config)
 

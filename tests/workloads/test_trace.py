@@ -1,0 +1,342 @@
+"""Traces: what is read and refused, the replay against plain counting without pages, and the cell that it leaves."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fa_research.config import KVConfig, Level, TraceWorkload
+from fa_research.engine.engine import Engine
+from fa_research.errors import ConfigError
+from fa_research.measure.cell import check, measure
+from fa_research.measure.timing import Timer
+from fa_research.workloads.trace import TraceReplay
+from fa_research.workloads.traces import BLOCK_SIZE, TraceRequest, read_trace
+from tests.workloads.cells import LEVELS, cell, model_config, prepared
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+START = "2023-11-16 18:15:46.6805900"
+PAGE_SIZES = pytest.mark.parametrize("page_size", [1, 7, 16, 64, 256])
+
+
+def mooncake(folder: Path, requests: Sequence[tuple[int, int, Sequence[int]]]) -> str:
+    """A file of (prompt, answer, block ids) as Mooncake writes it, a request every 3 seconds."""
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    path = folder / "mooncake.jsonl"
+    lines = [json.dumps(dict(zip(names, (3000 * i, *row), strict=True))) for i, row in enumerate(requests)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def azure(folder: Path, lens: Sequence[tuple[int, int]]) -> str:
+    """A file of (prompt, answer) as Azure writes it."""
+    rows = [f"2023-11-16 18:15:{i / 10:010.7f},{a},{b}" for i, (a, b) in enumerate(lens)]
+    path = folder / "azure.csv"
+    path.write_bytes((HEADER + "\n".join(rows)).replace("\n", "\r\n").encode())  # no line end, as published
+    return str(path)
+
+
+def random_lens(count: int, seed: int = 0) -> list[tuple[int, int]]:
+    rng = random.Random(seed)
+    return [(rng.randint(1, 300), rng.randint(1, 60)) for _ in range(count)]
+
+
+def replayed(path: str, page_size: int = 16, level: Level = Level.attention, **options: Any) -> TraceReplay:
+    workload = built(path, page_size, level, **options)[0]
+    workload.engine.cache.check()
+    return workload
+
+
+def built(
+    path: str, page_size: int = 16, level: Level = Level.attention, device: str = "cpu", backend: str = "torch",
+    invariants: bool = False, **options: Any,
+) -> tuple[TraceReplay, Engine]:  # fmt: skip
+    defaults: dict[str, Any] = {"requests": 1000, "pool_tokens": 65536, "steps": 3, "chunk_size": 32}
+    options = defaults | {"concurrency": 8} | options
+    config = cell(
+        TraceWorkload(path=path, **options), level, page_size=page_size, device=device, backend=backend,
+        model=model_config(max_context_len=4096), poison=invariants,
+    )  # fmt: skip
+    config.debug.check_invariants = invariants
+    workload, engine = prepared(config)
+    assert isinstance(workload, TraceReplay)
+    return workload, engine
+
+
+class TokenCounts:
+    """The same service without pages, one step at a time: places, and slots rounded up request by request."""
+
+    def __init__(self, lens: Sequence[tuple[int, int]], concurrency: int, page_size: int, pool: int) -> None:
+        def slots(tokens: int) -> int:
+            return (tokens + page_size - 1) // page_size * page_size
+
+        waiting, live, done = list(lens), [], []  # live: [tokens, tokens at the end]
+        self.live = self.tokens = self.waste = self.used = self.steps = self.peak_live = 0
+        while True:
+            while waiting and len(live) < concurrency:
+                reserved = sum(slots(end) for _, end in live)
+                if reserved + slots(sum(waiting[0])) > pool:
+                    break
+                prompt, answer = waiting.pop(0)
+                live.append([prompt, prompt + answer])
+            for request in live if waiting else ():
+                request[0] += 1
+            self.steps += 1
+            self.live += len(live)
+            self.tokens += sum(now for now, _ in live)
+            self.waste += sum(slots(now) - now for now, _ in live)
+            self.used += sum(slots(now) for now, _ in live)
+            self.peak_live = max(self.peak_live, len(live))
+            if not waiting:
+                self.left = [now for now, _ in live]
+                return
+            done += [request for request in live if request[0] == request[1]]
+            live = [request for request in live if request[0] < request[1]]
+
+
+@PAGE_SIZES
+@pytest.mark.parametrize("pool_tokens", [65536, 1024], ids=["places", "memory"])
+def test_capacity_and_waste_are_those_of_plain_counting(
+    tmp_path: Path, page_size: int, pool_tokens: int
+) -> None:
+    lens = random_lens(120)
+    workload = replayed(azure(tmp_path, lens), page_size, pool_tokens=pool_tokens)
+    expected = TokenCounts(lens, 8, page_size, pool_tokens // page_size * page_size)
+    columns = workload.columns({})
+    assert columns["trace_steps"] == expected.steps
+    assert columns["trace_live_requests_mean"] == expected.live / expected.steps
+    assert columns["trace_live_requests_peak"] == expected.peak_live
+    assert columns["trace_live_tokens_mean"] == expected.tokens / expected.steps
+    assert columns["trace_waste_fraction_mean"] == expected.waste / expected.used
+    assert (columns["trace_waste_fraction_mean"] == 0) is (page_size == 1)
+    assert workload.context_lens == expected.left
+    assert (columns["trace_memory_bound_fraction"] > 0.5) is (pool_tokens == 1024)
+    assert columns["trace_prefix_found_tokens"] == 0
+    assert any("nothing of prefixes" in note for note in workload.engine.notes)
+
+
+def conversations(count: int) -> list[tuple[int, int, list[int]]]:
+    """Prompts of three conversations under one system prompt; each turn repeats the blocks of the one before."""
+    rng, fresh = random.Random(1), iter(range(1, 1000))
+    turns: list[list[int]] = [[0], [0], [0]]
+    rows = []
+    for _ in range(count):
+        blocks = rng.choice(turns)
+        blocks += [next(fresh) for _ in range(rng.randint(0, 1))]
+        blocks[:] = blocks[:6]
+        rest = rng.randint(1, BLOCK_SIZE - 1)
+        prompt = len(blocks) * BLOCK_SIZE + rest
+        rows.append((prompt, rng.randint(1, 40), [*blocks, next(fresh)]))
+    return rows
+
+
+@PAGE_SIZES
+def test_prefixes_found_and_shared_are_those_of_the_trace(tmp_path: Path, page_size: int) -> None:
+    rows = conversations(40)
+    path = mooncake(tmp_path, rows)
+    workload = replayed(path, page_size, concurrency=4, retained_fraction=0.8)
+    seen: set[int] = set()
+    found = shared = hits = 0
+    for prompt, _, ids in rows:
+        whole = ids[: prompt // BLOCK_SIZE]
+        known = next((n for n, block in enumerate(whole) if block not in seen), len(whole)) * BLOCK_SIZE
+        seen |= set(whole)
+        found += known
+        hits += known > 0
+        shared += known - known % page_size
+    columns = workload.columns({})
+    assert columns["trace_prefix_found_tokens"] == found > 0
+    assert columns["trace_prefix_hit_tokens"] == shared
+    prompts = sum(prompt for prompt, _, _ in rows)
+    assert columns["trace_prefix_hit_fraction"] == shared / prompts
+    assert columns["trace_prefix_loss_bound_fraction"] == hits * (page_size - 1) / prompts
+    assert (shared < found) is (page_size == 7)
+    alone = replayed(path, page_size, concurrency=4, prefix_sharing=False).columns({})
+    assert alone["trace_prefix_found_tokens"] == 0
+
+
+def test_only_a_retained_prompt_is_found_when_nobody_else_is_live(tmp_path: Path) -> None:
+    path = mooncake(tmp_path, [(600, 5, [1, 2]), (700, 5, [1, 3])])
+    for fraction, found in ((0.5, 512), (0.0, 0)):
+        columns = replayed(path, concurrency=1, retained_fraction=fraction).columns({})
+        assert columns["trace_prefix_found_tokens"] == found
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 256])
+def test_a_prefix_of_two_live_requests_is_stored_once(tmp_path: Path, page_size: int) -> None:
+    path = mooncake(tmp_path, [(1100, 9, [1, 2, 3]), (1030, 9, [1, 2, 4]), (2048, 9, [1, 2, 5, 6])])
+    workload = replayed(path, page_size)
+    first, second, third = (live.cached for live in workload.replay.live)
+    count = 1024 // page_size
+    assert first.pages[:count] == second.pages[:count] == third.pages[:count]
+    assert not set(first.pages[count:]) & set(second.pages[count:])
+    cache = workload.engine.cache
+    ends = [n + workload.most_steps for n in (1100, 1030, 2048)]
+    assert cache.allocator.pages_used == sum(-(-n // page_size) for n in ends) - 2 * count
+    table = cache.req_to_token.req_to_token
+    assert table[second.row, :1024].equal(table[first.row, :1024])
+
+
+def test_the_same_prompt_twice_leaves_a_token_to_compute(tmp_path: Path) -> None:
+    path = mooncake(tmp_path, [(1024, 9, [1, 2]), (1024, 9, [1, 2])])
+    workload = replayed(path, 256)
+    assert workload.columns({})["trace_prefix_hit_tokens"] == 768
+    assert workload.current_pass().rows == [live.cached.row for live in workload.replay.live]
+
+
+def test_a_request_that_never_fits_is_counted(tmp_path: Path) -> None:
+    lens = [(100, 5), (400, 20), (90, 5), (420, 1), (80, 5)]
+    workload = replayed(azure(tmp_path, lens), pool_tokens=416)
+    columns = workload.columns({})
+    assert (columns["trace_requests_never_fit"], columns["trace_requests_admitted"]) == (2, 3)
+    assert any("2 requests are longer than the whole pool" in note for note in workload.engine.notes)
+    with pytest.raises(ConfigError, match=r"pool_tokens=256: none of the 1 requests fits"):
+        replayed(azure(tmp_path, [(400, 20)]), pool_tokens=256)
+
+
+def test_a_pool_without_room_for_the_timed_steps_drops_requests(tmp_path: Path) -> None:
+    workload = replayed(azure(tmp_path, [(60, 4)] * 8), page_size=1, pool_tokens=256, concurrency=8)
+    assert workload.replay.counts.peak_live == 4
+    assert workload.columns({})["trace_step_requests"] == 4
+    workload = replayed(azure(tmp_path, [(63, 1)] * 8), page_size=1, pool_tokens=256, steps=16)
+    assert workload.columns({})["trace_step_requests"] == 3
+    assert any("1 requests were dropped" in note for note in workload.engine.notes)
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+@pytest.mark.parametrize(
+    ("device", "backend", "page_size"),
+    [
+        *(("cpu", "torch", page_size) for page_size in (1, 7, 256)),
+        *(pytest.param("cuda", name, size, marks=pytest.mark.gpu) for name in ("triton", "fa3") for size in (1, 64)),
+    ],
+)  # fmt: skip
+def test_the_tables_that_a_replay_leaves_are_checked_and_timed(
+    tmp_path: Path, level: Level, device: str, backend: str, page_size: int
+) -> None:
+    """Every invariant after every operation, NaN in every slot that nobody holds; times and columns as in a row."""
+    rows = conversations(12)
+    options = {"concurrency": 3, "pool_tokens": 12000, "retained_fraction": 0.4, "invariants": True}
+    workload, engine = built(mooncake(tmp_path, rows), page_size, level, device, backend, **options)
+    passed, columns = check(engine, workload)
+    assert passed, columns
+    timer = Timer(engine.device, warmup=1, max_seconds=1.0, l2=workload.config.measure.l2)
+    metrics = measure(engine, workload, timer, lambda: None).metrics
+    assert metrics["trace_tokens_per_s"] > 0 and metrics["extend_pass_us"] > 0
+    for unit in workload.units():
+        unit.reset()
+        unit.run()
+        done, batch = workload.current_pass(), workload.batch()
+        assert batch.req_pool_indices_B.tolist() == done.rows
+        assert batch.seq_lens_B.tolist() == done.seq_lens
+        assert unit.tokens == sum(done.extend_lens) == batch.num_tokens
+    assert check(engine, workload)[0]
+    last = workload.replay.live[-1]
+    assert workload.context_lens[-1] == rows[-1][0] == last.trace.input_length
+    for live in workload.replay.live:
+        engine.cache.close(live.cached)
+    assert engine.cache.allocator.pages_used == 0, "every page was somebody's whom the replay knows"
+
+
+def test_both_formats_are_told_apart_by_content(tmp_path: Path) -> None:
+    csv = tmp_path / "trace.jsonl"
+    csv.write_text(
+        f"\ufeffGeneratedTokens, TIMESTAMP,ContextTokens\n5,2024-05-10 00:00:00.009930+00:00,7\n\n6,{START},8\n"
+    )
+    trace = read_trace(str(csv), 9, 100)
+    assert [(r.input_length, r.output_length, r.blocks) for r in trace.requests] == [(8, 6, ()), (7, 5, ())]
+    assert any("1 rows came before the row above them" in note for note in trace.notes)
+    assert any("workload.requests=9, the file has 2" in note for note in trace.notes)
+    trace = read_trace(mooncake(tmp_path, [(1030, 0, [4, 5, 6]), (512, 3, [4])]), 1, 4000)
+    assert trace.requests == [TraceRequest(0.0, 1030, 0, (4, 5))]
+
+
+def test_long_requests_are_cut_at_the_prompts_end(tmp_path: Path) -> None:
+    trace = read_trace(mooncake(tmp_path, [(1030, 20, [4, 5, 6]), (512, 3, [4]), (9, 900, [7])]), 3, 600)
+    lens = [(r.input_length, r.output_length, r.blocks) for r in trace.requests]
+    assert lens == [(580, 20, (4,)), (512, 3, (4,)), (1, 599, ())]
+    assert any("2 requests above 600 tokens were cut" in note for note in trace.notes)
+
+
+GOOD = '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (HEADER + f"{START},10,5\n{START},1", 3, "2 columns, the first line names 3"),
+        (HEADER + f"{START},-10,5\n", 2, "ContextTokens='-10'"),
+        (HEADER + f"{START},0,5\n", 2, "ContextTokens='0'"),
+        (HEADER + f"{START},10,1e3\n", 2, "GeneratedTokens='1e3'"),
+        (HEADER + f"{START},99999999999,5\n", 2, "from 1 to 10000000"),
+        (HEADER + "noon,10,5\n", 2, "timestamp 'noon'"),
+        ("TIMESTAMP,ContextTokens\n", 1, "no column GeneratedTokens"),
+        ("prose that is no trace\n", 1, "no column TIMESTAMP, ContextTokens, GeneratedTokens"),
+        (GOOD + GOOD[:40], 2, "no JSON"),
+        (GOOD + "[1]\n", 2, "no JSON object"),
+        (GOOD.replace('"output_length": 5, ', ""), 1, "no output_length"),
+        (GOOD.replace("600", "-600"), 1, "input_length=-600"),
+        (GOOD.replace("600", "true"), 1, "input_length=True"),
+        (GOOD.replace("[1, 2]", "[1]"), 1, "1 hash_ids, input_length=600 has 2 blocks"),
+        (GOOD.replace("[1, 2]", '["a", "b"]'), 1, "must be a list of whole numbers"),
+        (GOOD.replace("0,", "null,", 1), 1, "timestamp None"),
+        (GOOD + GOOD.replace("[1, 2]", "[3, 2]"), 2, "hash id 2 follows another block"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, text: str, line: int, message: str) -> None:
+    path = tmp_path / "bad"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_trace(str(path), 100, 1000)
+    assert f"{path}:{line}: " in str(error.value) and message in str(error.value)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.write_text(HEADER)
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, message in (
+        (None, "workload.path is not set"),
+        (str(empty), "holds no request"),
+        (str(binary), "not UTF-8"),
+        (str(tmp_path), "cannot be read"),
+        (str(tmp_path / "none"), "No such file"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            read_trace(path, 1, 10)
+        assert message in str(error.value)
+        assert all(where in str(error.value) for where in ("AzurePublicDataset", "kvcache-ai/Mooncake"))
+
+
+@pytest.mark.parametrize(
+    ("options", "kv", "message"),
+    [
+        ({"requests": 0}, {}, "workload.requests=0"),
+        ({"concurrency": 0}, {}, "workload.concurrency=0"),
+        ({"max_context": 1}, {}, "workload.max_context=1: must be at least 2"),
+        ({"max_context": 4000}, {}, "workload.max_context=4000 + workload.steps=16 = 4016 tokens"),
+        ({"pool_tokens": 5}, {}, "workload.pool_tokens=5"),
+        ({"retained_fraction": 1.0}, {}, "workload.retained_fraction=1.0"),
+        ({"pool_tokens": None}, {}, "give it, kv.num_pages or kv.memory_fraction"),
+        ({}, {"num_pages": 9}, "workload.pool_tokens=131072 and kv.num_pages=9"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], kv: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        cell(TraceWorkload(**options), model=model_config(max_context_len=4010), kv=KVConfig(**kv))
+    assert message in str(error.value)
+
+
+def test_a_pool_from_kv_num_pages(tmp_path: Path) -> None:
+    options = TraceWorkload(path=azure(tmp_path, random_lens(9)), pool_tokens=None, concurrency=2)
+    config = cell(
+        options, Level.attention, model=model_config(max_context_len=512), kv=KVConfig(16, num_pages=40)
+    )
+    workload, engine = prepared(config)
+    assert engine.cache.allocator.num_pages == 40
+    assert check(engine, workload)[0]
