@@ -52,6 +52,7 @@ class AttentionBackend(ABC):
     takes_provider: ClassVar[bool] = False  # whether several packages offer its kernels
     # Parts of the names of the kernels that join split results, for the step-cost ledger.
     combine_kernels: ClassVar[tuple[str, ...]] = ()
+    reads_cu_seqlens_k: ClassVar[bool] = False  # JAX's calls have none at hand
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
         unknown = set(settings.options) - self.option_names
