@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fa_research import backends
 from fa_research.attention.local import chunk_metadata
-from fa_research.errors import ConfigError, KVCacheFull
+from fa_research.errors import ConfigError, KVCacheFull, Unsupported
 from fa_research.kv_cache import CachedRequest, ReqToTokenPool
 from fa_research.masks import Causal, Chunked
 from fa_research.metadata import FlashAttentionMetadata, fill_metadata
@@ -193,7 +193,12 @@ def test_only_the_top_pages_of_a_pool_beyond_int32(name: str, page_size: int, de
     spec = make_spec((16, 8), head_dim=128)
     scene = Scene(spec, lens, page_size, torch.bfloat16, "cuda", decode=decode, lowest_page=lowest)
     assert min(min(request.pages) for request in scene.requests) * page_size * 8 * 128 >= 2**31
-    scene.check(scene.backend(name))
+    backend = scene.backend(name)
+    if name == "flex":  # torch's kernels do overflow: what matters is that nothing wrong comes out
+        with pytest.raises(Unsupported, match="count in 32 bits"):
+            scene.run(backend)
+        return
+    scene.check(backend)
 
 
 @NAMES
