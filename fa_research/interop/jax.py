@@ -212,6 +212,11 @@ def _backend(
     if name == "auto":
         name, _ = backends.choose(settings, [spec])
     made = backends.create(name, settings, [spec])
+    if made.capabilities.host_planning:
+        raise InteropError(
+            f"backend={name} plans on the host, which needs lengths that a JAX program has on the device alone; use "
+            "backend=triton or fa3"
+        )
     if made.lowerings[0].chunk:
         raise InteropError(
             f"mask chunked on backend={name}: its virtual requests need lengths on the host, which a JAX program has "

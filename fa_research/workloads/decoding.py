@@ -50,4 +50,7 @@ class Decoding(Workload):
         return Pass(rows, lens, [1] * len(rows), self.decoder.padded_size, ForwardMode.DECODE)
 
     def batch(self) -> ForwardBatch:
-        return self.decoder.state.batch(len(self.requests), max(self.current_pass().seq_lens))
+        lens = tuple(self.current_pass().seq_lens)
+        batch = self.decoder.state.batch(len(lens), max(lens))
+        batch.seq_lens_cpu = lens
+        return batch
