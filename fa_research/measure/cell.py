@@ -73,9 +73,8 @@ def measure(engine: Engine, workload: Workload, timer: Timer, tick: Tick) -> Mea
         tick()
     result.metrics |= _memory(engine)
     result.metrics |= workload.columns(result.metrics)
-    for unit in (
-        workload.units() if engine.config.measure.ledger else []
-    ):  # last: the profiler may stay in the driver
+    # Last, as the profiler stays in the driver.
+    for unit in workload.units() if engine.config.measure.ledger else []:
         result.metrics |= ledger(engine, unit, timer, result.metrics[f"{unit.name}_us"])
     return result
 
