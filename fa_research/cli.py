@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fa_research.config import read_config, to_plain, validate
+from fa_research.config.against import read_against
 from fa_research.config.explain import explain
 from fa_research.config.free_text import escape, quote_free_text
 from fa_research.config.store import GROUPS, choices, register
@@ -108,9 +109,10 @@ def run_one(cfg: DictConfig) -> Row:
         asked = resolved = to_plain(config)
         validate(config)
         OmegaConf.save(OmegaConf.create(escape(resolved)), output_dir / "config.yaml")
+        against = read_against(config, hydra.job.config_name, hydra.overrides.task)
         from fa_research.runner import run_cell
 
-        row = run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun)
+        row = run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun, against=against)
     except BrokenPipeError:  # as in `python run.py | head -1`: no fault of the cell, so no row
         _exit_unread()
     except Exception as error:

@@ -24,6 +24,10 @@ class InteropError(FaResearchError):
     """A tensor cannot be shared between torch and JAX without a copy, or JAX cannot run beside this torch."""
 
 
+class TimingError(FaResearchError):
+    """The clocks of this machine do not time what is known: no time would mean anything."""
+
+
 class Refusal(FaResearchError):
     """A backend said no.
 

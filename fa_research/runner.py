@@ -14,9 +14,10 @@ from fa_research.config import Config, Level, config_hash
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.engine import Engine, build_engine, resolve_device
 from fa_research.engine.model_runner import EngineModel
-from fa_research.measure.cell import Measurement, check, measure
+from fa_research.errors import Refusal
+from fa_research.measure.cell import Measurement, cell_timer, check, measure
+from fa_research.measure.cupti import check_timer
 from fa_research.measure.quality import measure_quality
-from fa_research.measure.timing import Timer
 from fa_research.models import attention_specs, build_model
 from fa_research.tracking import (
     ROWS_FILE,
@@ -36,11 +37,18 @@ from fa_research.workloads.text import Text
 log = logging.getLogger(__name__)
 
 
-def run_cell(config: Config, *, resolved: dict[str, Any], output_dir: Path, multirun: bool) -> Row:
+def run_cell(
+    config: Config,
+    *,
+    resolved: dict[str, Any],
+    output_dir: Path,
+    multirun: bool,
+    against: Config | None = None,
+) -> Row:
     """Run one cell and return its row, which is on disk in `output_dir` by then.
 
     Raises FaResearchError for what the user asked wrongly and whatever a broken cell raises; the caller turns both into
-    rows. `resolved` is the config as plain data, for the row and for W&B.
+    rows. `resolved` is the config as plain data, for the row and for W&B; `against` the config of `measure.against`.
     """
     digest = config_hash(config)
     row = Row(Status.ok, config=resolved, config_hash=digest)
@@ -51,7 +59,7 @@ def run_cell(config: Config, *, resolved: dict[str, Any], output_dir: Path, mult
             config, resolved=resolved, output_dir=output_dir, multirun=multirun, config_hash=digest
         ) as mirror,
     ):
-        _fill(row, config, mirror)
+        _fill(row, config, against, mirror)
         row.finished = now()
         mirror.log_row(row)
         writer.write(row)
@@ -61,14 +69,34 @@ def run_cell(config: Config, *, resolved: dict[str, Any], output_dir: Path, mult
     return row
 
 
-def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
+def _fill(row: Row, config: Config, against: Config | None, mirror: WandbMirror) -> None:
     """Build, write text, check, score, time."""
+    check_timer(config.measure.timer, resolve_device(config))
+    workload, engine = build_cell(config)  # loading draws its own progress
+    row.environment = environment() | _environment(engine)
+    if isinstance(workload, Text) and workload.writes:
+        row.generated = _generate(engine, workload)
+    with progress(f"{config.backend.name} {config.workload.name}", 4, config.tracking.progress) as tick:
+        workload.prepare(engine)
+        row.environment |= _environment(engine)  # whether decode steps are captured is known now
+        tick()
+        _check(row, engine, workload)
+        if config.measure.quality and isinstance(workload, Text) and engine.stack is None:
+            row.metrics |= measure_quality(engine, workload)
+        tick()
+        other = _second(row, config, against) if against is not None else None
+        if row.status is Status.ok:
+            _time(row, engine, workload, other, mirror, tick)
+    row.notes += engine.notes
+
+
+def build_cell(config: Config) -> tuple[workloads.Workload, Engine]:
+    """The workload of a config and the engine that it needs, not prepared yet."""
     workload = workloads.create(config)
     needs = workload.needs()
     specs = attention_specs(config.model)
     if config.workload.level is Level.attention and config.workload.num_layers is not None:
         specs = specs[: config.workload.num_layers]
-    device = resolve_device(config)
 
     def make_model(device: torch.device, dtype: torch.dtype) -> EngineModel:
         if config.workload.level is Level.attention:
@@ -79,29 +107,46 @@ def _fill(row: Row, config: Config, mirror: WandbMirror) -> None:
             config.model, dtype=dtype, device=device, seed=config.seed, rope_len=needs.rope_len, progress=shown
         )  # fmt: skip
 
-    engine = build_engine(config, needs, specs, device, make_model)  # loading draws its own progress
-    row.environment = environment() | _environment(engine)
-    if isinstance(workload, Text) and workload.writes:
-        row.generated = _generate(engine, workload)
-    with progress(f"{config.backend.name} {config.workload.name}", 4, config.tracking.progress) as tick:
+    return workload, build_engine(config, needs, specs, resolve_device(config), make_model)
+
+
+def _check(row: Row, engine: Engine, workload: workloads.Workload, which: str = "") -> None:
+    """The oracle's verdict in the row; `which` engine it is, where it is not the row's own."""
+    if not engine.config.measure.check:
+        row.notes.append(f"{which}not checked against the oracle: measure.check=false")
+        return
+    passed, checks = check(engine, workload)
+    row.checks |= {f"against_{name}" if which else name: value for name, value in checks.items()}
+    if not passed:
+        row.status = Status.inaccurate
+        row.reasons.append(
+            f"{which}differs from the float64 oracle by more than the tolerance: {_worst(checks)}"
+        )
+
+
+def _second(row: Row, config: Config, against: Config) -> workloads.Workload:
+    """The workload of `measure.against` over an engine of its own, checked and ready to be timed."""
+    workload, engine = _second_engine(config, against)
+    about = {"backend", "backend_provider", "lowering", "cuda_graph_mode", "dtype", "kv_dtype"}
+    row.environment["against"] = {k: v for k, v in _environment(engine).items() if k in about}
+    _check(row, engine, workload, f"measure.against={list(config.measure.against)}: ")
+    row.notes += [f"against: {note}" for note in engine.notes]
+    return workload
+
+
+def _second_engine(config: Config, against: Config) -> tuple[workloads.Workload, Engine]:
+    try:
+        workload, engine = build_cell(against)
         workload.prepare(engine)
-        row.environment |= _environment(engine)  # whether decode steps are captured is known now
-        tick()
-        if config.measure.check:
-            passed, row.checks = check(engine, workload)
-            if not passed:
-                row.status = Status.inaccurate
-                row.reasons.append(
-                    f"differs from the float64 oracle by more than the tolerance: {_worst(row.checks)}"
-                )
-        else:
-            row.notes.append("not checked against the oracle: measure.check=false")
-        if config.measure.quality and isinstance(workload, Text) and engine.stack is None:
-            row.metrics |= measure_quality(engine, workload)
-        tick()
-        if row.status is Status.ok:
-            _time(row, engine, workload, config, mirror, tick)
-    row.notes += engine.notes
+    except Refusal as error:
+        reasons = [f"measure.against: {reason}" for reason in error.reasons]
+        raise type(error)(error.name, reasons, error.alternatives) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MemoryError(
+            f"measure.against={list(config.measure.against)} builds a second engine beside the first, and both have "
+            f"to fit: {error}"
+        ) from error
+    return workload, engine
 
 
 def _generate(engine: Engine, workload: Text) -> dict[str, str]:
@@ -111,12 +156,19 @@ def _generate(engine: Engine, workload: Text) -> dict[str, str]:
 
 
 def _time(
-    row: Row, engine: Engine, workload: workloads.Workload, config: Config, mirror: WandbMirror, tick: Any
+    row: Row,
+    engine: Engine,
+    workload: workloads.Workload,
+    other: workloads.Workload | None,
+    mirror: WandbMirror,
+    tick: Any,
 ) -> None:
-    options = config.measure
-    timer = Timer(engine.device, warmup=options.warmup, max_seconds=options.max_seconds, l2=options.l2)
-    result: Measurement = measure(engine, workload, timer, tick)
+    timer, notes = cell_timer(engine)
+    row.notes += notes
+    result: Measurement = measure(engine, workload, timer, tick, other)
     row.metrics |= result.metrics
+    row.samples |= result.samples
+    row.notes += result.notes
     for name, values in result.series.items():
         mirror.log_series(f"series/{name}", "series/sample", values)
     if result.suspicions:

@@ -67,3 +67,32 @@ def test_what_is_left_alone(argument: str) -> None:
 def test_a_sweep_over_prompts() -> None:
     arguments = ["-m", "workload.prompt=a,b"]
     assert quote_free_text(arguments) == arguments
+
+
+@pytest.mark.parametrize(
+    ("typed", "values"),
+    [
+        ("[backend=triton]", [["backend=triton"]]),
+        ("[backend=fa3, kv.page_size=1]", [["backend=fa3", "kv.page_size=1"]]),
+        ("[cuda_graph.batch_sizes=[1,2],seed=3]", [["cuda_graph.batch_sizes=[1,2]", "seed=3"]]),
+        ("['kv.page_size=1',backend=fa3]", [["kv.page_size=1", "backend=fa3"]]),
+        ("[]", [[]]),
+        ("[backend=fa3],[backend=triton]", [["backend=fa3"], ["backend=triton"]]),
+    ],
+)
+def test_overrides_in_a_list_are_typed_as_they_are(typed: str, values: list[list[str]]) -> None:
+    """In a sweep too, where a comma outside the brackets parts values."""
+    *rest, argument = quote_free_text(["-m", f"measure.against={typed}"])
+    override = OverridesParser.create().parse_override(argument)
+    choices = list(override.sweep_string_iterator()) if override.is_sweep_override() else [typed]
+    for choice, elements in zip(choices, values, strict=True):
+        (argument,) = quote_free_text([f"measure.against={choice}"])
+        assert OverridesParser.create().parse_override(argument).value() == elements
+    assert rest == ["-m"]
+
+
+@pytest.mark.parametrize(
+    "argument", ["kv.page_size=[a=b]", "measure.against=", "measure.against=[a,b]", "-m"]
+)
+def test_other_arguments_are_left_alone(argument: str) -> None:
+    assert quote_free_text([argument]) == [argument]

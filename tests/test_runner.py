@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -71,6 +72,13 @@ def test_every_workload_gives_a_row(name: str, level: Level, tmp_path: Path) -> 
     assert row.started <= row.finished
     series = [json.loads(line) for line in (tmp_path / SERIES_FILE).read_text().splitlines()]
     assert {f"series/{unit}" for unit in ("decode_step_us", "extend_pass_us")} & {s["name"] for s in series}
+    columns = {
+        name.removesuffix("_count"): count for name, count in row.metrics.items() if name.endswith("_count")
+    }
+    for unit, count in columns.items():
+        samples = row.samples[f"{unit}_us"]
+        assert len(samples) == count and samples == [round(sample, 3) for sample in samples]
+        assert median(samples) == pytest.approx(row.metrics[f"{unit}_us"], abs=1e-3)
     for entry in series:
         assert (
             len(entry["values"])

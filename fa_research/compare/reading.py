@@ -64,6 +64,8 @@ class Record:
 
     def samples(self, metric: str) -> tuple[float, ...]:
         """The single timings that `metric` is the median of, or () where none were kept."""
+        if own := self.row.samples.get(metric):
+            return tuple(own)
         value = self.row.metrics.get(metric)
         stem = metric.removesuffix("_us")
         kept = [self.row.metrics.get(name) for name in (f"{stem}_samples_us", "samples_us")]

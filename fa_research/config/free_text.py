@@ -14,16 +14,18 @@ PATHS = (
     "model.path",
     "workload.path",
 )  # shells leave the ~ in `key=~/folder`, which the grammar does not take
+OVERRIDES = ("measure.against",)  # lists of overrides, as in [backend=triton]: the grammar takes no = there
 _SWEEPS = {"-m", "--multirun"}
 _IN_QUOTES = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)  # as a whole, unlike 'a' + 'b'
+_TOKENS = re.compile(rf"{_IN_QUOTES.pattern}|.", re.DOTALL)
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
 def quote_free_text(arguments: Iterable[str]) -> list[str]:
-    """The command line with the values of `FREE_TEXT` in quotes, but `null` and what is in quotes already, and those of
-    `PATHS` that begin with `~`. In a sweep a comma parts values, so nothing is changed there: texts with special
-    characters take quotes of their own."""
-    arguments = list(arguments)
+    """The command line with the values of `FREE_TEXT` in quotes, but `null` and what is in quotes already, those of
+    `PATHS` that begin with `~`, and the elements of `OVERRIDES`. In a sweep a comma parts values, so only the last are
+    changed there: texts with special characters take quotes of their own."""
+    arguments = [_quoted_elements(argument) for argument in arguments]
     return arguments if _SWEEPS & set(arguments) else [_quoted(argument) for argument in arguments]
 
 
@@ -35,6 +37,26 @@ def _quoted(argument: str) -> str:
     if name not in FREE_TEXT or not value or value == "null" or _IN_QUOTES.fullmatch(value):
         return argument
     return f"{key}={_quotes(escape(value))}"
+
+
+def _quoted_elements(argument: str) -> str:
+    """The argument with the overrides in its lists in quotes, if it is one of `OVERRIDES`."""
+    key, _, value = argument.partition("=")
+    if key.lstrip("+") not in OVERRIDES:
+        return argument
+    parts, depth = [""], 0  # elements, and between them the brackets and commas around them
+    for match in _TOKENS.finditer(value):
+        token = match[0]
+        depth -= token == "]"
+        if (token in "[]" and depth == 0) or (token == "," and depth == 1):
+            parts += [token, ""]
+        else:
+            parts[-1] += token
+        depth += token == "["
+    bare = (part.strip() for part in parts)
+    return f"{key}=" + "".join(
+        _quotes(text) if "=" in text and text[0] not in "'\"" else text for text in bare
+    )
 
 
 def escape(plain: Any) -> Any:

@@ -160,6 +160,8 @@ class MeasureConfig:
     timer: TimerKind = TimerKind.events
     self_test: bool = True  # GPU: time what is known first, and refuse to measure where the clock is off
     ledger: bool = True  # what each part of a step costs; they have to add up
+    # overrides of a second engine that is timed in turns with this one, as in [backend=triton]; empty: none
+    against: list[str] = field(default_factory=list)
     timeout_s: float = 1800.0  # a cell of a sweep that takes longer is stopped
 
 

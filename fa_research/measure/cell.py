@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,13 @@ from fa_research.attention.layer import PagedAttention
 from fa_research.config import GraphMode
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.engine import Engine
+from fa_research.measure import nvml
+from fa_research.measure.against import time_against
 from fa_research.measure.ledger import ledger
+from fa_research.measure.nvml import open_monitor
 from fa_research.measure.oracle import Oracle, check_attention, compare_logits, reprefill
-from fa_research.measure.roofline import measure_roof
+from fa_research.measure.roofline import measure_roof, measure_roof_again
+from fa_research.measure.self_test import self_test
 from fa_research.measure.timing import Timer, Timing
 from fa_research.measure.work import attention_work
 from fa_research.models import Decoder
@@ -27,11 +31,23 @@ Tick = Callable[[], None]
 
 @dataclass(slots=True)
 class Measurement:
-    """Columns of the row, series for their own x-axes, and why the row is suspect (empty: it is not)."""
+    """Columns of the row, every sample of those that are medians (microseconds), series for their own x-axes, why the
+    row is suspect (empty: it is not), and what its reader should know."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
     series: dict[str, tuple[float, ...]] = field(default_factory=dict)
     suspicions: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, timing: Timing) -> None:
+        """The columns and samples of one thing timed."""
+        self.metrics |= timing.metrics(name)
+        self.keep(f"{name}_us", timing.samples_us)
+
+    def keep(self, metric: str, samples: Iterable[float]) -> None:
+        """The samples, in microseconds, that `metric` is the median of; nanoseconds are the last digit kept."""
+        self.samples[metric] = [round(sample, 3) for sample in samples]
 
 
 def check(engine: Engine, workload: Workload) -> tuple[bool, dict[str, Any]]:
@@ -52,19 +68,40 @@ def check(engine: Engine, workload: Workload) -> tuple[bool, dict[str, Any]]:
     return passed, columns
 
 
-def measure(engine: Engine, workload: Workload, timer: Timer, tick: Tick) -> Measurement:
-    """Time every unit of the workload, then, at `workload.level=attention`, the parts of the attention path. `tick` is
-    called after each."""
+def cell_timer(engine: Engine) -> tuple[Timer, list[str]]:
+    """The timer that `measure` asks for, and notes for the row."""
+    options = engine.config.measure
+    monitor, notes = open_monitor(engine.device)
+    timer = Timer(
+        engine.device,
+        warmup=options.warmup,
+        max_seconds=options.max_seconds,
+        l2=options.l2,
+        kind=options.timer,
+        monitor=monitor,
+    )
+    return timer, notes
+
+
+def measure(
+    engine: Engine, workload: Workload, timer: Timer, tick: Tick, other: Workload | None = None
+) -> Measurement:
+    """Time every unit of the workload, at `workload.level=attention` the parts of the attention path too, then in turns
+    with `other`, the workload of `measure.against`, and last what each part of a unit costs. `tick` is called now and
+    then. Raises TimingError where the self-test fails."""
     result = Measurement()
+    if engine.device.type == "cuda" and engine.config.measure.self_test:
+        result.metrics |= self_test(engine.device, timer.kind)
     for unit in workload.units():
         timing = timer.time(unit.run, unit.samples, reset=unit.reset)
-        result.metrics |= timing.metrics(unit.name)
+        result.add(unit.name, timing)
         result.metrics[f"{unit.name}_tokens_per_s"] = unit.tokens / timing.median_us * 1e6
         result.metrics["timing_method"], result.metrics["timing_l2"] = timing.method, timing.l2
         result.series[f"{unit.name}_us"] = timing.samples_us
         if unit.host_time and engine.device.type == "cuda":  # on the CPU the host does all of it
             host = timer.host_time(unit.run, unit.samples, reset=unit.reset)
             result.metrics[f"{unit.name}_host_us"] = host.median_us
+            result.keep(f"{unit.name}_host_us", host.samples_us)
         unit.reset()  # the pass that bytes and operations are counted of is the first timed one
         _roof(engine, workload, unit, timing, result)
         tick()
@@ -73,10 +110,26 @@ def measure(engine: Engine, workload: Workload, timer: Timer, tick: Tick) -> Mea
         tick()
     result.metrics |= _memory(engine)
     result.metrics |= workload.columns(result.metrics)
-    # Last, as the profiler stays in the driver.
-    for unit in workload.units() if engine.config.measure.ledger else []:
-        result.metrics |= ledger(engine, unit, timer, result.metrics[f"{unit.name}_us"])
+    if timer.monitor is not None:
+        result.metrics |= nvml.columns(timer.monitor.series)
+        result.suspicions += nvml.suspicions(timer.monitor.series)
+    if other is not None:
+        _compare(result, workload, other, timer)
+    for unit in (
+        workload.units() if engine.config.measure.ledger else []
+    ):  # last: the profiler may stay in the driver
+        timed_us = result.metrics.get(f"{unit.name}_span_us", result.metrics[f"{unit.name}_us"])
+        result.metrics |= ledger(engine, unit, timer, timed_us)
     return result
+
+
+def _compare(result: Measurement, workload: Workload, other: Workload, timer: Timer) -> None:
+    """Add what `measure.against` found, the units of both timed in turns."""
+    columns, samples, notes = time_against(workload, other, timer, workload.config.measure.against)
+    result.metrics |= columns
+    for metric, taken in samples.items():
+        result.keep(metric, taken)
+    result.notes += notes
 
 
 def _memory(engine: Engine) -> dict[str, Any]:
@@ -117,7 +170,7 @@ def _attention_parts(
         for name, run in parts.items():
             # What plans on the host, or depends on the host's lengths, is timed as it runs: without a graph.
             timing = timer.time(run, samples, graph=graph and name != "metadata")
-            result.metrics |= timing.metrics(name)
+            result.add(name, timing)
     # The KV write's too; the metadata's is timing_method.
     result.metrics["attention_timing_method"] = timing.method
     work = attention_work(workload.current_pass(), engine.specs, engine.kv_dtype.itemsize)
@@ -145,8 +198,12 @@ def _rates(
     if engine.device.type != "cuda":
         return
     roof = measure_roof(engine.device, engine.dtype)
+    fraction = roof.fraction(num_bytes, flops, microseconds)
+    if roof.cached and fraction > _ABOVE_ROOF:  # it may have been measured on a bad day
+        roof = measure_roof_again(engine.device, engine.dtype)
+        fraction = roof.fraction(num_bytes, flops, microseconds)
     result.metrics |= {"roof_GB_per_s": roof.bytes_per_s / 1e9, "roof_TFLOP_per_s": roof.flops_per_s / 1e12}
-    fraction = max(num_bytes / roof.bytes_per_s, flops / roof.flops_per_s) / microseconds * 1e6
+    result.metrics["roof_from"] = f"cached {roof.measured}" if roof.cached else "measured"
     result.metrics[f"{name}_roof_fraction"] = fraction
     if fraction > _ABOVE_ROOF and result.metrics["timing_l2"] == "cold":
         result.suspicions.append(f"{name} reached {fraction:.2f} of the measured roof, which cannot be")

@@ -6,12 +6,14 @@ Each pair runs both, in an order drawn by lot: what drifts (clocks, temperature,
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from fa_research.measure.bootstrap import interval, ratio_draws
+from fa_research.measure.bootstrap import FEWEST_SAMPLES, interval, ratio_draws
 from fa_research.measure.timing import Timer
+from fa_research.workloads.base import nothing
 
 
 @dataclass(frozen=True)
@@ -32,22 +34,43 @@ class Pairs:
 
 
 def time_pairs(
-    first: Callable[[], object], second: Callable[[], object], timer: Timer, *, pairs: int = 30, seed: int = 0
+    first: Callable[[], object],
+    second: Callable[[], object],
+    timer: Timer,
+    *,
+    pairs: int = 30,
+    seed: int = 0,
+    reset: Callable[[], object] = nothing,
+    between_resets: int | None = None,
 ) -> Pairs:
     """Time two callables in `pairs` order-randomised pairs, after `timer.warmup` untimed calls of each.
+
+    reset: puts back what both move on: before the warm-up, and every `between_resets` pairs (None: before the first
+    alone). No further pairs once `timer.max_seconds` have gone, five at least.
 
     Every sample is waited for. On a GPU give callables that launch fast (a graph's replay) and a timer with a cold L2,
     whose flush keeps the device busy during the launch. Raises ValueError for fewer than five pairs.
     """
-    once = Timer(timer.device, warmup=0, max_seconds=timer.max_seconds, l2=timer.l2)
-    taken: tuple[list[float], list[float]] = ([], [])
+    reset()
     for _ in range(timer.warmup):
         first()
         second()
-    rng, order = random.Random(seed), [(first, taken[0]), (second, taken[1])]
-    for _ in range(pairs):
-        rng.shuffle(order)
-        for run, samples in order:
-            samples.append(once.time(run, 1).samples_us[0])
+    rng, turns = random.Random(seed), [0, 1]
+    taken: tuple[list[float], list[float]] = ([], [])
+    deadline = time.monotonic() + timer.max_seconds
+    for done in range(0, pairs, between_resets or pairs):
+        if done >= FEWEST_SAMPLES and time.monotonic() >= deadline:
+            break
+        reset()
+        count = min(between_resets or pairs, pairs - done)
+        order = [turn for _ in range(count) for turn in rng.sample(turns, 2)]
+        fewest = max(0, 2 * (FEWEST_SAMPLES - done))
+        timing = timer.time_each(((first, second)[turn] for turn in order), fewest=max(2, fewest), together=1)
+        for turn, sample in zip(order, timing.samples_us, strict=False):  # fewer samples where time ran out
+            taken[turn].append(sample)
+        if len(timing.samples_us) < len(order):
+            break
+    whole = min(map(len, taken))
+    taken = taken[0][:whole], taken[1][:whole]
     low, high = interval(ratio_draws(*taken, seed=seed))
     return Pairs(tuple(taken[0]), tuple(taken[1]), median(taken[0]) / median(taken[1]), low, high)

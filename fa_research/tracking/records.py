@@ -44,6 +44,7 @@ class Row:
         config: the resolved config as plain data.
         config_hash: eight hex digits, see `fa_research.config.config_hash`.
         metrics: numbers with their units in their names, such as `decode_step_us` or `kv_pool_bytes`.
+        samples: for metrics in microseconds that are medians, by their names, every sample.
         checks: what was compared with the oracle: errors, tolerances, verdicts.
         generated: with `workload.generate`, the `prompt` and the `text` that the model wrote after it.
         notes: anything a reader of the row should know.
@@ -55,6 +56,7 @@ class Row:
     config: dict[str, Any] = field(default_factory=dict)
     config_hash: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
     generated: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -75,6 +77,8 @@ class Row:
         known = {key: value for key, value in data.items() if key in names}
         known["status"] = Status(known["status"])
         known["metrics"] = {key: _number(value) for key, value in known.get("metrics", {}).items()}
+        samples = known.get("samples", {}).items()
+        known["samples"] = {key: [_number(value) for value in values] for key, values in samples}
         return cls(**known)
 
 

@@ -123,10 +123,10 @@ class TraceReplay(Decoding):
         self._extend_batch = extend_batch(table, [last.cached.row], [self._prefix_len], [self._prompt])
 
     def units(self) -> list[Unit]:
-        repeats = self.config.measure.repeats
+        size, steps, repeats = len(self.requests), int(self.options.steps), self.config.measure.repeats
         return [
             Unit("extend_pass", self._extend, len(self._prompt), repeats, reset=self._turn_to_extend),
-            self.decode_unit(len(self.requests), self._restart, self._step),
+            Unit("decode_step", self._step, size, steps, host_time=True, reset=self._restart),
         ]
 
     def _extend(self) -> Tensor | None:
@@ -136,9 +136,9 @@ class TraceReplay(Decoding):
     def _turn_to_extend(self) -> None:
         self._extending = True
 
-    def _step(self, *, replay: bool = True) -> None:
+    def _step(self) -> None:
         self._extending = False
-        self.decoder.step(replay=replay)
+        self.decoder.step()
 
     def _restart(self) -> None:
         self._extending = False

@@ -118,6 +118,17 @@ def test_samples_in_the_row_count_if_they_are_of_the_metric() -> None:
     assert record.samples("metadata_us") == ()
 
 
+def test_samples_that_the_row_holds_come_before_those_beside_it(tmp_path: Path) -> None:
+    beside, within = noisy(100.0), noisy(100.0, seed=5)
+    write_series(tmp_path, beside)
+    row = row_of(config_of(), beside)
+    row.samples = {METRIC: [round(sample, 3) for sample in within], "other_us": [1.0]}
+    write_rows(tmp_path / ROWS_FILE, row)
+    (record,), _ = load([tmp_path])
+    assert record.samples(METRIC) == tuple(row.samples[METRIC])
+    assert record.samples("other_us") == (1.0,)
+
+
 def test_nothing_to_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere does not exist"):
         load([tmp_path / "nowhere"])

@@ -57,8 +57,7 @@ FA3 = Place("cuda", "fa3", torch.bfloat16, GraphMode.on)
 FA2 = Place("cuda", "fa2", torch.bfloat16, GraphMode.on)
 TRITON = Place("cuda", "triton", torch.bfloat16, GraphMode.on)
 TRITON_EAGER = Place("cuda", "triton", torch.bfloat16, GraphMode.off)
-FLASHINFER = Place("cuda", "flashinfer", torch.bfloat16, GraphMode.on)
-GPU = (FA3, FA2, TRITON, FLASHINFER)
+GPU = (FA3, FA2, TRITON)
 
 
 class WholeSequence:

@@ -35,6 +35,7 @@ def write(path: Path, *rows: Row) -> None:
 @given(config=st.dictionaries(st.text(), PLAIN, max_size=4), notes=st.lists(st.text()))
 def test_a_row_comes_back_as_it_was(config: dict, notes: list[str]) -> None:
     row = Row(Status.ok, config=config, config_hash="0a1b2c3d", metrics={"decode_us": 1.5}, notes=notes)
+    row.samples = {"decode_us": [1.25, 1.5, 2.0]}
     line = row.to_json()
     assert "\n" not in line
     assert Row.from_json(line) == row
@@ -99,6 +100,10 @@ def test_a_torn_line_is_skipped_with_a_warning_and_swallows_no_later_row(tmp_pat
     with pytest.warns(UserWarning, match=r"rows\.jsonl:2 is not a row"):
         rows = read_rows(path)
     assert [row.config["i"] for row in rows] == [0, 1]
+
+
+def test_rows_of_an_earlier_version_have_no_samples() -> None:
+    assert Row.from_json('{"status": "ok", "metrics": {"a_us": 1.0}}').samples == {}
 
 
 def test_keys_of_a_later_version_are_dropped() -> None:

@@ -1,0 +1,137 @@
+"""`measure.timer=cupti`: when each kernel ran, as CUPTI records it, read through Kineto, part of CUDA builds of torch.
+
+Each sample stands between two launches of a kernel that does next to nothing; what the GPU did between them is of the
+sample, launched one by one or by a graph. Copies from and to the host are left out: no kernel waits for them.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from fa_research.config import TimerKind
+from fa_research.errors import ConfigError, TimingError
+
+_MARK = "spin_kernel"  # of torch.cuda._sleep: nothing else runs it
+_HOST_COPIES = ("Memcpy HtoD", "Memcpy DtoH", "Memcpy HtoH")
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """One activity of the GPU, in nanoseconds of CUPTI's clock."""
+
+    name: str
+    start_ns: int
+    end_ns: int
+
+
+def busy_ns(intervals: Iterable[Interval]) -> int:
+    """The time in which at least one of them ran: kernels that overlap count once."""
+    total, until = 0, 0
+    for interval in sorted(intervals, key=lambda i: i.start_ns):
+        total += max(0, interval.end_ns - max(interval.start_ns, until))
+        until = max(until, interval.end_ns)
+    return total
+
+
+def span_ns(intervals: Sequence[Interval]) -> int:
+    """From the first start to the last end; 0 for none."""
+    return max(i.end_ns for i in intervals) - min(i.start_ns for i in intervals) if intervals else 0
+
+
+def split_by_marks(intervals: Iterable[Interval], samples: int) -> list[list[Interval]]:
+    """What ran between the two marks of each sample, copies from and to the host left out.
+
+    Raises TimingError where there are not two marks a sample: then records were lost.
+    """
+    ordered = sorted(intervals, key=lambda i: (i.start_ns, i.end_ns))
+    groups: list[list[Interval]] = [[]]
+    for interval in ordered:
+        if _MARK in interval.name:
+            groups.append([])
+        elif not interval.name.startswith(_HOST_COPIES):
+            groups[-1].append(interval)
+    if len(groups) != 2 * samples + 1:
+        raise TimingError(
+            f"measure.timer=cupti: {len(groups) - 1} of {2 * samples} marks were recorded. CUPTI may be closed to this "
+            "user (the driver's NVreg_RestrictProfilingToAdminUsers) or in use by another profiler; "
+            "use measure.timer=events"
+        )
+    return groups[1::2]
+
+
+def cupti_problem(device: torch.device) -> str | None:
+    """Why `measure.timer=cupti` cannot be had here; None where it can."""
+    if device.type != "cuda":
+        return f"it times CUDA kernels, this run is on {device.type}"
+    if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
+        return "this build of torch has no CUPTI (its profiler lists no CUDA activities)"
+    return None
+
+
+def check_timer(kind: TimerKind, device: torch.device) -> None:
+    """Raises ConfigError where the timer that was asked for cannot be had on this device."""
+    if kind is TimerKind.cupti and (problem := cupti_problem(device)):
+        raise ConfigError(f"measure.timer=cupti: {problem}; use measure.timer=events")
+
+
+class CuptiWatch:
+    """Records while entered; `begin` and `end` bracket samples."""
+
+    method = "cupti"
+
+    def __init__(self) -> None:
+        # Kineto would otherwise detach CUPTI after each record and attach it again, which breaks graphs captured
+        # before (pytorch/pytorch#75504).
+        os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+        os.environ.setdefault("TEARDOWN_CUPTI", "0")
+        self._samples = 0
+        self._profile: Any = torch.autograd.profiler.profile(
+            use_cpu=False, use_device="cuda", use_kineto=True
+        )
+
+    def __enter__(self) -> Self:
+        torch.cuda.synchronize()
+        with _no_warnings():
+            self._profile.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        torch.cuda.synchronize()
+        with _no_warnings():
+            self._profile.__exit__(kind, error, trace)
+
+    def begin(self) -> None:
+        torch.cuda._sleep(1)
+
+    def end(self) -> None:
+        torch.cuda._sleep(1)
+        self._samples += 1
+
+    def read(self) -> tuple[list[float], list[float]]:
+        """Busy time and span of each sample, microseconds. Raises TimingError where records are missing."""
+        groups = split_by_marks(device_intervals(self._profile), self._samples)
+        return [busy_ns(group) / 1e3 for group in groups], [span_ns(group) / 1e3 for group in groups]
+
+
+def device_intervals(profile: Any) -> list[Interval]:
+    """What the GPU did during a finished `torch.autograd.profiler.profile`."""
+    on_device = torch.autograd.DeviceType.CUDA
+    return [
+        Interval(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profile.kineto_results.events()
+        if event.device_type() == on_device
+    ]
+
+
+def _no_warnings() -> warnings.catch_warnings:
+    """The profiler's own warnings differ between versions and say nothing to whoever times."""
+    return warnings.catch_warnings(action="ignore")

@@ -1,0 +1,99 @@
+"""The roof on disk: only what is whole, young and of this very GPU is believed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fa_research.measure.roofline import Roof, cache_folder, read_roof, write_roof
+
+IDENTITY = {
+    "gpu": "NVIDIA H200",
+    "uuid": "b5f3",
+    "driver": "570.1",
+    "torch": "2.11.0",
+    "dtype": "torch.bfloat16",
+}
+TODAY = date(2026, 3, 1)
+ROOF = Roof(4.1e12, 7.4e14, TODAY.isoformat())
+
+
+def test_what_is_kept_is_read(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "roof.json"
+    write_roof(place, IDENTITY, ROOF)
+    assert read_roof(place, IDENTITY, TODAY) == Roof(4.1e12, 7.4e14, "2026-03-01", cached=True)
+    assert [path.name for path in place.parent.iterdir()] == ["roof.json"]
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_of_something_else_it_is_not(tmp_path: Path, key: str) -> None:
+    write_roof(place := tmp_path / "roof.json", IDENTITY, ROOF)
+    assert read_roof(place, IDENTITY | {key: "another"}, TODAY) is None
+
+
+@pytest.mark.parametrize(("days", "believed"), [(-1, False), (0, True), (30, True), (31, False)])
+def test_it_grows_stale(tmp_path: Path, days: int, believed: bool) -> None:
+    write_roof(place := tmp_path / "roof.json", IDENTITY, ROOF)
+    found = read_roof(place, IDENTITY, TODAY + timedelta(days=days))
+    assert (found is not None) == believed
+
+
+def change(**values: Any) -> Callable[[str], str]:
+    return lambda text: json.dumps(json.loads(text) | values)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:30],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: "\x00\x01",
+        change(bytes_per_s=0),
+        change(flops_per_s="fast"),
+        change(flops_per_s=float("nan")),
+        change(measured="yesterday"),
+        change(measured=5),
+        change(identity=None),
+        change(bytes_per_s=None),
+    ],
+)
+def test_damaged_it_is_measured_again(tmp_path: Path, damage: Callable[[str], str]) -> None:
+    write_roof(place := tmp_path / "roof.json", IDENTITY, ROOF)
+    place.write_text(damage(place.read_text()))
+    assert read_roof(place, IDENTITY, TODAY) is None
+    assert read_roof(tmp_path / "none.json", IDENTITY, TODAY) is None
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "roof.json").write_bytes(b"\xff\xfe{")
+    assert read_roof(tmp_path / "roof.json", IDENTITY, TODAY) is None
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    write_roof(tmp_path / "file" / "roof.json", IDENTITY, ROOF)
+    assert "was not kept" in caplog.text
+
+
+def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "fa_research"
+    for ignored in ("", "relative"):  # as the XDG specification says
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        monkeypatch.setenv("HOME", "/home/someone")
+        assert cache_folder() == Path("/home/someone/.cache/fa_research")
+
+
+def test_fractions() -> None:
+    roof = Roof(1e12, 2e12)
+    assert roof.fraction(1_000_000, 1_000_000, 1.0) == pytest.approx(1.0)  # bytes decide
+    assert roof.fraction(1_000_000, 4_000_000, 4.0) == pytest.approx(0.5)  # operations do
