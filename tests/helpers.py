@@ -15,7 +15,7 @@ from torch import Tensor
 from fa_research import backends
 from fa_research.attention.layer import PagedAttention
 from fa_research.attention.reference import attention
-from fa_research.backends import AttentionBackend, BackendSettings
+from fa_research.backends import AttentionBackend, BackendSettings, CudaGraphState
 from fa_research.batch import ForwardBatch, extend_batch
 from fa_research.kv_cache import CachedRequest, PagedKVCache
 from fa_research.masks import Causal, Mask
@@ -49,7 +49,7 @@ __all__ = [
 
 # Backends whose kernels may multiply what lies past a request's end in its own last page by an exact zero. For them
 # that memory is large and finite, as the pool promises; every other slot that nothing wrote is NaN for them too.
-FINITE_OWN_PAGES: frozenset[str] = frozenset({"fa2", "fa3"})
+FINITE_OWN_PAGES: frozenset[str] = frozenset({"fa2", "fa3", "flex"})
 
 DEVICES = (pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu))
 
@@ -172,7 +172,10 @@ class Scene:
         rows = [self.requests[i].row for i in which] + [0] * padding
         prefixes, new = [self.lens[i][0] for i in which] + [1] * padding, [self.lens[i][1] for i in which]
         if self.decode:
-            return decode_batch(self.table, rows, prefixes, self.cache.req_to_token.max_context_len)
+            batch = decode_batch(self.table, rows, prefixes, self.cache.req_to_token.max_context_len)
+            lens = (prefix + 1 if row else 1 for row, prefix in zip(rows, prefixes, strict=True))
+            batch.seq_lens_cpu = tuple(lens)  # for backends that plan on the host
+            return batch
         assert not padding
         return extend_batch(self.table, rows, prefixes, tokens(new))
 
@@ -198,13 +201,14 @@ class Scene:
         which: Sequence[int] | None = None,
         *,
         padding: int = 0,
-        static: bool = False,
+        static: CudaGraphState | None = None,
     ) -> list[Tensor]:
-        """Write and read through the backend; the output of each request. static: in the buffers of captured steps."""
+        """Write and read through the backend; the output of each request. static: in these buffers of captured
+        steps."""
         which = range(len(self.lens)) if which is None else which
         batch = self.batch(which, padding)
-        if static:
-            backend.init_forward_metadata_capture_cuda_graph(batch, self.table)
+        if static is not None:
+            backend.init_forward_metadata_capture_cuda_graph(batch, self.table, static)
         else:
             backend.init_forward_metadata(batch, self.table)
         attend = PagedAttention(backend, self.cache.kv, batch, backend.lowerings)

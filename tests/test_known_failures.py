@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fa_research import backends
 from fa_research.attention.local import chunk_metadata
-from fa_research.errors import ConfigError, KVCacheFull
+from fa_research.errors import ConfigError, KVCacheFull, Unsupported
 from fa_research.kv_cache import CachedRequest, ReqToTokenPool
 from fa_research.masks import Causal, Chunked
 from fa_research.metadata import FlashAttentionMetadata, fill_metadata
@@ -68,8 +68,8 @@ def test_a_request_at_exactly_the_context_limit(
     scene = Scene(make_spec((2, 1)), lens, page_size, dtype_for(device), device, decode=decode, slack=0)
     backend = scene.backend(name)
     assert scene.cache.req_to_token.max_context_len == 50 == scene.requests[0].seq_len
-    backend.init_cuda_graph_state(2, 50)
-    scene.check_outputs(scene.run(backend, static=decode), range(2))
+    state = backend.init_cuda_graph_state(2, 50)
+    scene.check_outputs(scene.run(backend, static=state if decode else None), range(2))
     metadata = backend.forward_metadata
     assert metadata is not None and metadata.page_table_BP.shape[1] == -(-50 // page_size)
     before = cache_state(scene.cache)
@@ -173,8 +173,8 @@ def test_padding_brings_no_nan(name: str, device: str, page_size: int, static: b
     lens = ((0, 1), (2, 1), (33, 1))
     scene = Scene(make_spec((4, 2), has_sink=True), lens, page_size, dtype_for(device), device, decode=True)
     backend = scene.backend(name)
-    backend.init_cuda_graph_state(8, scene.cache.req_to_token.max_context_len)
-    scene.check_outputs(scene.run(backend, padding=5, static=static), range(3))
+    state = backend.init_cuda_graph_state(8, scene.cache.req_to_token.max_context_len)
+    scene.check_outputs(scene.run(backend, padding=5, static=state if static else None), range(3))
     own = torch.tensor(
         [slot for request in scene.requests for slot in slots_of(scene.cache, request)], device=device
     )
@@ -193,7 +193,12 @@ def test_only_the_top_pages_of_a_pool_beyond_int32(name: str, page_size: int, de
     spec = make_spec((16, 8), head_dim=128)
     scene = Scene(spec, lens, page_size, torch.bfloat16, "cuda", decode=decode, lowest_page=lowest)
     assert min(min(request.pages) for request in scene.requests) * page_size * 8 * 128 >= 2**31
-    scene.check(scene.backend(name))
+    backend = scene.backend(name)
+    if name == "flex":  # torch's kernels do overflow: what matters is that nothing wrong comes out
+        with pytest.raises(Unsupported, match="count in 32 bits"):
+            scene.run(backend)
+        return
+    scene.check(backend)
 
 
 @NAMES

@@ -128,8 +128,8 @@ class Prepared:
         return seconds(self.chain, self.wait) / CHAIN * 1e6
 
 
-def in_torch(name: str, scene: Scene) -> Prepared:
-    """Calls of a backend from torch, eager, on one plan."""
+def in_torch(name: str, plan_each: bool, scene: Scene) -> Prepared:
+    """Calls of a backend from torch, eager, on one plan or each on its own."""
     settings = BackendSettings(scene.q_BHD.device, scene.q_BHD.dtype, PAGE_SIZE, scene.metadata.max_seq_len_k)
     backend = backends.create(name, settings, [scene.spec])
     scene.metadata.plans.clear()
@@ -138,6 +138,8 @@ def in_torch(name: str, scene: Scene) -> Prepared:
     def chain() -> Tensor:
         q_BHD = scene.q_BHD
         for _ in range(CHAIN):
+            if plan_each:
+                backend.plan(scene.metadata, backend.lowerings[0])
             q_BHD, _ = backend.attend(q_BHD, scene.k_NKD, scene.v_NKD, scene.metadata, scene.spec)
         return q_BHD
 
@@ -223,8 +225,9 @@ def measure(small: bool) -> Iterator[Row]:
     dtype = torch.float32 if small else torch.bfloat16
     large, little = (Scene.make(device, dtype, *size) for size in ((2, 64) if small else (64, 4096), (1, 64)))
     cases: list[tuple[str, Callable[[Scene], Prepared]]] = [
-        (f"torch {name}", functools.partial(in_torch, name))
+        (f"torch {name}{', planned each time' * each}", functools.partial(in_torch, name, each))
         for name in (("torch",) if small else ("fa3", "triton"))
+        for each in (False, True)
     ]
     cases += [(name, functools.partial(in_jax, attend)) for name, attend in variants(interpret=small)]
     for name, prepare in cases:

@@ -34,20 +34,24 @@ def _decode(metadata: FlashAttentionMetadata, chunk: int) -> FlashAttentionMetad
     table_BP = _slice_table(
         metadata.page_table_BP, start_B // metadata.page_size, max_len, metadata.page_size
     )
-    return _build(metadata, lens_B - start_B, metadata.cu_seqlens_q_B1, table_BP, 1, max_len)
+    cut = _build(metadata, lens_B - start_B, metadata.cu_seqlens_q_B1, table_BP, 1, max_len)
+    cut.seq_lens_cpu = tuple(n - max(n - 1, 0) // chunk * chunk for n in metadata.seq_lens_cpu)
+    return cut
 
 
 def _extend(metadata: FlashAttentionMetadata, batch: ForwardBatch, chunk: int) -> FlashAttentionMetadata:
-    pieces = list(_pieces(batch.seq_lens_cpu, batch.extend_seq_lens_cpu, chunk))
     device = metadata.page_table_BP.device
+    pieces = _pieces(batch.seq_lens_cpu, batch.extend_seq_lens_cpu, chunk)
     columns = list(zip(*pieces, strict=True))
     staging = torch.tensor(columns, dtype=torch.int32, pin_memory=device.type == "cuda")
     owner_X, start_X, len_X, queries_X = staging.to(device, non_blocking=True)
     cu_seqlens_q = torch.nn.functional.pad(queries_X.cumsum(0, dtype=torch.int32), (1, 0))
-    max_len = max(piece[2] for piece in pieces)
+    max_len = max(columns[2])
     table_XP = metadata.page_table_BP[owner_X]
     table_XP = _slice_table(table_XP, start_X // metadata.page_size, max_len, metadata.page_size)
-    return _build(metadata, len_X, cu_seqlens_q, table_XP, max(piece[3] for piece in pieces), max_len)
+    cut = _build(metadata, len_X, cu_seqlens_q, table_XP, max(columns[3]), max_len)
+    cut.seq_lens_cpu, cut.extend_seq_lens_cpu = columns[2:]
+    return cut
 
 
 def _pieces(

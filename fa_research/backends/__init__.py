@@ -7,11 +7,20 @@ from dataclasses import replace
 from functools import cache
 
 from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.backends.graph_state import CudaGraphState
 from fa_research.discovery import discover
 from fa_research.errors import BackendUnavailable, ConfigError, Unsupported
 from fa_research.spec import AttentionSpec
 
-__all__ = ["AttentionBackend", "BackendSettings", "choose", "create", "names", "reasons_against"]
+__all__ = [
+    "AttentionBackend",
+    "BackendSettings",
+    "CudaGraphState",
+    "choose",
+    "create",
+    "names",
+    "reasons_against",
+]
 
 
 @cache

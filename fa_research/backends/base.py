@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fa_research.attention.local import chunk_metadata
 from fa_research.attention.lowering import Lowering, lower
+from fa_research.backends.graph_state import CudaGraphState
 from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.errors import ConfigError
 from fa_research.metadata import FlashAttentionMetadata, fill_metadata
@@ -52,6 +53,7 @@ class AttentionBackend(ABC):
     takes_provider: ClassVar[bool] = False  # whether several packages offer its kernels
     # Parts of the names of the kernels that join split results, for the step-cost ledger.
     combine_kernels: ClassVar[tuple[str, ...]] = ()
+    reads_cu_seqlens_k: ClassVar[bool] = False  # JAX's calls have none at hand
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
         unknown = set(settings.options) - self.option_names
@@ -69,9 +71,6 @@ class AttentionBackend(ABC):
         self._plan_phase = HOST_PLAN if self.capabilities.host_planning else METADATA
         self.forward_metadata: FlashAttentionMetadata | None = None
         self._chunked: dict[int, FlashAttentionMetadata] = {}
-        self._static: FlashAttentionMetadata | None = None
-        self._every_static: list[FlashAttentionMetadata] = []
-        self._static_chunked: dict[tuple[int, int, int], FlashAttentionMetadata] = {}
 
     # What a backend writes.
 
@@ -103,7 +102,8 @@ class AttentionBackend(ABC):
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:  # noqa: B027 (a hook)
         """Work once per forward pass for one kind of layer; keep the result in
         `metadata.plans[lowering.spec]`. It runs on the device, inside a captured graph, unless
-        `capabilities.host_planning`: then before each replay."""
+        `capabilities.host_planning`: then before each replay, with the lengths in `metadata.seq_lens_cpu` and
+        buffers whose addresses stay in `metadata.kept`."""
 
     @abstractmethod
     def attend(
@@ -149,27 +149,29 @@ class AttentionBackend(ABC):
         fill_metadata(metadata, batch, req_to_token_RW, page_size)
         return self._set(metadata, batch)
 
-    def init_cuda_graph_state(self, max_batch_size: int, max_seq_len_k: int) -> None:
-        """Allocate the static metadata that every captured batch size shares. What an earlier call allocated
-        stays alive, because graphs captured on it read it."""
+    def init_cuda_graph_state(self, max_batch_size: int, max_seq_len_k: int) -> CudaGraphState:
+        """The static metadata of the captured steps of one decode runner. The runner owns it: it hands it to the two
+        below, and keeps it as long as its graphs, which read it."""
         page_size, device = self.settings.page_size, self.settings.device
-        self._static = FlashAttentionMetadata.allocate(max_batch_size, max_seq_len_k, page_size, device)
-        self._every_static.append(self._static)
+        return CudaGraphState(
+            FlashAttentionMetadata.allocate(max_batch_size, max_seq_len_k, page_size, device)
+        )
 
     def init_forward_metadata_capture_cuda_graph(
-        self, batch: ForwardBatch, req_to_token_RW: Tensor
+        self, batch: ForwardBatch, req_to_token_RW: Tensor, state: CudaGraphState
     ) -> FlashAttentionMetadata:
         """The same as `init_forward_metadata` on the static buffers. It runs while the graph is captured, so
         that every replay fills and plans anew on the device."""
-        assert self._static is not None, "init_cuda_graph_state comes first"
-        metadata = self._static.head(batch.batch_size)
+        metadata = state.of_batch(batch.batch_size)
         fill_metadata(metadata, batch, req_to_token_RW, self.settings.page_size)
-        return self._set(metadata, batch, static=True)
+        return self._set(metadata, batch, state)
 
-    def init_forward_metadata_replay_cuda_graph(self, batch: ForwardBatch, req_to_token_RW: Tensor) -> None:
+    def init_forward_metadata_replay_cuda_graph(
+        self, batch: ForwardBatch, req_to_token_RW: Tensor, state: CudaGraphState
+    ) -> None:
         """Before a replay of a backend with `capabilities.host_planning`: the same, outside the graph, with
         the host's lengths in `batch.seq_lens_cpu`. Other backends have all of it in the graph."""
-        self.init_forward_metadata_capture_cuda_graph(batch, req_to_token_RW)
+        self.init_forward_metadata_capture_cuda_graph(batch, req_to_token_RW, state)
 
     def forward(
         self,
@@ -199,23 +201,14 @@ class AttentionBackend(ABC):
         return self.attend(*args, **kwargs)
 
     def _set(
-        self, metadata: FlashAttentionMetadata, batch: ForwardBatch, *, static: bool = False
+        self, metadata: FlashAttentionMetadata, batch: ForwardBatch, state: CudaGraphState | None = None
     ) -> FlashAttentionMetadata:
         self.forward_metadata = metadata
         chunks = {lowering.chunk for lowering in self.lowerings if lowering.chunk}
         self._chunked = {chunk: chunk_metadata(metadata, batch, chunk) for chunk in chunks}
-        if static:
-            self._chunked = {chunk: self._keep(chunk, derived) for chunk, derived in self._chunked.items()}
+        if state is not None:
+            self._chunked = {chunk: state.keep(chunk, derived) for chunk, derived in self._chunked.items()}
         with mark(self._plan_phase):
             for lowering in dict.fromkeys(self.lowerings):
                 self.plan(self._chunked[lowering.chunk] if lowering.chunk else metadata, lowering)
         return metadata
-
-    def _keep(self, chunk: int, derived: FlashAttentionMetadata) -> FlashAttentionMetadata:
-        """The virtual requests of a static batch, in the tensors that its first pass made: a replay reads
-        those."""
-        key = (len(self._every_static), derived.batch_size, chunk)
-        kept = self._static_chunked.setdefault(key, derived)
-        if kept is not derived:
-            kept.copy_(derived)
-        return kept

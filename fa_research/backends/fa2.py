@@ -14,6 +14,7 @@ class FA2Backend(FlashAttnBackend):
 
     name = "fa2"
     version = 2
+    reads_cu_seqlens_k = True
 
     @classmethod
     def device_reasons(cls, device: torch.device) -> tuple[str, ...]:

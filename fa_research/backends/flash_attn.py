@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -76,6 +76,11 @@ class FlashAttnBackend(AttentionBackend):
             num_splits=self._num_splits,
         )
 
+    def attend_into(self, out_THV: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        if not self._kernels.takes_out or kwargs.get("sinks_H") is not None:
+            return super().attend_into(out_THV, *args, **kwargs)
+        return self.attend(*args, **kwargs, out_THV=out_THV)[1]
+
     @property
     def _num_splits(self) -> int:
         # A fixed single split keeps a request's order of summation the same whatever the batch around it.
@@ -91,6 +96,7 @@ class FlashAttnBackend(AttentionBackend):
         *,
         sinks_H: Tensor | None = None,
         return_lse: bool = False,
+        out_THV: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if sinks_H is not None and return_lse:
             # The kernel's LSE has the sink in it; ours has not.
@@ -108,6 +114,7 @@ class FlashAttnBackend(AttentionBackend):
             softcap=spec.softcap,
             num_splits=self._num_splits,
             return_lse=return_lse,
+            out=out_THV,
         )
         k_PSKD = k_cache_NKD.unflatten(0, (-1, metadata.page_size))
         v_PSKV = v_cache_NKV.unflatten(0, (-1, metadata.page_size))

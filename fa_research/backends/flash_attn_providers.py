@@ -28,6 +28,7 @@ class KernelArguments:
     softcap: float
     num_splits: int
     return_lse: bool
+    out: Tensor | None = None  # where the output goes, for a provider that takes it
 
 
 class Provider:
@@ -37,6 +38,7 @@ class Provider:
     versions: ClassVar[frozenset[int]]
     sinks: ClassVar[frozenset[torch.dtype]] = frozenset()  # dtypes for which the kernel takes sinks
     chunk: ClassVar[bool] = False
+    takes_out: ClassVar[bool] = False
     page_size_multiple: ClassVar[dict[int, int]] = {2: 256, 3: 1}
 
     def __init__(self, version: int) -> None:
@@ -181,6 +183,7 @@ class VLLM(Provider):
     module = "vllm.vllm_flash_attn"
     versions = frozenset({2, 3})
     sinks = frozenset({torch.bfloat16})
+    takes_out = True
     page_size_multiple = {2: 16, 3: 1}
 
     def _load(self) -> Any:
@@ -227,6 +230,7 @@ class VLLM(Provider):
             num_splits=args.num_splits,
             fa_version=self.version,
             s_aux=sinks_H,
+            out=args.out,
         )
         return (result[0], result[1].transpose(0, 1)) if args.return_lse else (result, None)
 

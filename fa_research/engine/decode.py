@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fa_research.backends import CudaGraphState
 from fa_research.batch import ForwardBatch
 from fa_research.config import GraphMode
 from fa_research.engine.cuda_graph import GraphSet
@@ -63,8 +64,9 @@ class DecodeRunner:
         self.reader = TokenReader(0, device)
         self._sampled_B = self._static.input_ids_B[:0]
         self.graphs: GraphSet | None = None
+        self.graph_state: CudaGraphState | None = None  # this runner's own: another's steps leave it alone
         if self.batch_sizes:
-            runner.backend.init_cuda_graph_state(max(self.batch_sizes), max_seq_len_k)
+            self.graph_state = runner.backend.init_cuda_graph_state(max(self.batch_sizes), max_seq_len_k)
         if mode is GraphMode.on:
             self.graphs = self._capture()
 
@@ -188,15 +190,16 @@ class DecodeRunner:
         return self._compute(batch, self._static)
 
     def _prepare(
-        self, batch_size: int, init_metadata: Callable[[ForwardBatch, Tensor], object]
+        self, batch_size: int, init_metadata: Callable[[ForwardBatch, Tensor, CudaGraphState], object]
     ) -> ForwardBatch:
         """The next step's lengths, positions, slots and metadata in the static buffers."""
         table = self.runner.req_to_token_RW
+        assert self.graph_state is not None
         with mark(METADATA):
             batch = self._static.advance(batch_size, table, self.max_seq_len_k)
             if self._plans_on_host:
                 batch.seq_lens_cpu = self._lens_after_step(batch_size)
-            init_metadata(batch, table)
+            init_metadata(batch, table, self.graph_state)
         return batch
 
     def _eager_step(self) -> Tensor | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fa_research import backends
 from fa_research.attention.merge import apply_sinks
@@ -83,7 +84,7 @@ def paged_attention(
             f"{cache_seqlens_B.shape[0]} requests",
         )
         max_seq_len_q = 1
-        cu_seqlens_q_B1 = jnp.arange(q_THD.shape[0] + 1, dtype=jnp.int32)
+        cu_seqlens_q_B1 = np.arange(q_THD.shape[0] + 1, dtype=np.int32)  # a constant of the program
     check_arguments(q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B, cu_seqlens_q_B1, sinks_H)
     _, heads, head_dim = q_THD.shape
     spec = AttentionSpec(
@@ -100,8 +101,7 @@ def paged_attention(
     longest = max_seq_len_k or page_table_BP.shape[1] * k_PSKD.shape[1]
     settings = (on, getattr(torch, str(q_THD.dtype)), k_PSKD.shape[1], longest)
     served = _Served(_backend(backend, *settings, spec), max_seq_len_q or q_THD.shape[0], longest, return_lse)
-    cu_seqlens_k_B1 = jnp.pad(jnp.cumsum(cache_seqlens_B, dtype=jnp.int32), (1, 0))
-    arrays = [q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B, cu_seqlens_q_B1, cu_seqlens_k_B1]
+    arrays = [q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B, cu_seqlens_q_B1]
     arrays += [] if sinks_H is None else [sinks_H]
     results = [jax.ShapeDtypeStruct((*q_THD.shape[:2], spec.v_head_dim), q_THD.dtype)]
     results += [jax.ShapeDtypeStruct(q_THD.shape[:2], jnp.float32)] if return_lse else []
@@ -141,7 +141,7 @@ class _Backend:
     ) -> None:
         """Attention into the outputs; LSE where there is a place for it."""
         q_THD, k_PSKD, v_PSKV = tensors[:3]
-        sinks_H = tensors[7] if len(tensors) > 7 else None
+        sinks_H = tensors[6] if len(tensors) > 6 else None
         (lowering,) = self.backend.lowerings
         late_sinks = sinks_H is not None and lowering.sink_epilogue
         self.backend.plan(metadata, lowering)
@@ -173,7 +173,10 @@ class _Served:
     return_lse: bool
 
     def __call__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        table_BP, seqlens_B, cu_seqlens_q_B1, cu_seqlens_k_B1 = inputs[3:7]
+        table_BP, seqlens_B, cu_seqlens_q_B1 = inputs[3:6]
+        cu_seqlens_k_B1 = seqlens_B.new_empty(len(seqlens_B) + 1, device="meta")  # hardly any kernel reads it
+        if self.backend.backend.reads_cu_seqlens_k:
+            cu_seqlens_k_B1 = pad(seqlens_B.cumsum(0, dtype=torch.int32), (1, 0))
         metadata = FlashAttentionMetadata(
             seqlens_B,
             cu_seqlens_q_B1,
@@ -209,6 +212,11 @@ def _backend(
     if name == "auto":
         name, _ = backends.choose(settings, [spec])
     made = backends.create(name, settings, [spec])
+    if made.capabilities.host_planning:
+        raise InteropError(
+            f"backend={name} plans on the host, which needs lengths that a JAX program has on the device alone; use "
+            "backend=triton or fa3"
+        )
     if made.lowerings[0].chunk:
         raise InteropError(
             f"mask chunked on backend={name}: its virtual requests need lengths on the host, which a JAX program has "

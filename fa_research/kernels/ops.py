@@ -6,7 +6,8 @@ rounding, and Triton is imported when the first kernel runs. Nothing here reads 
 
 Shapes: T tokens, E hidden size, F intermediate size, H query heads, K KV heads, D head dim, V value head dim,
 N slots, X positions of the table, B requests, R rows and W columns of ``req_to_token``, P pages. Shape and
-dtype contracts are those of the kernels: norm.py, activation.py, rope_kv.py, fill_metadata.py, sampling.py.
+dtype contracts are those of the kernels: norm.py, activation.py, rope_kv.py, fill_metadata.py, page_indices.py,
+sampling.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 @cache
 def _kernels() -> SimpleNamespace:
-    from fa_research.kernels import activation, fill_metadata, norm, rope_kv, sampling
+    from fa_research.kernels import activation, fill_metadata, norm, page_indices, rope_kv, sampling
 
     return SimpleNamespace(
         rms_norm=norm.rms_norm,
@@ -36,6 +37,7 @@ def _kernels() -> SimpleNamespace:
         rope_write_kv=rope_kv.rope_write_kv,
         fill_metadata=fill_metadata.fill_metadata,
         advance_decode=fill_metadata.advance_decode,
+        compact_pages=page_indices.compact_pages,
         argmax=sampling.argmax,
         sample=sampling.sample,
     )
@@ -180,6 +182,28 @@ def advance_decode(
     slots_B = req_to_token_RW[req_pool_indices_B, positions_B.clamp(max=width - 1)]
     out_cache_loc_B.copy_(torch.where(live_B & (positions_B < width), slots_B, 0))
     seq_lens_B.copy_(positions_B + 1)
+
+
+def compact_pages(
+    page_table_BP: Tensor,
+    cache_seqlens_B: Tensor,
+    page_size: int,
+    indptr_B1: Tensor,
+    indices: Tensor,
+    last_page_len_B: Tensor,
+) -> None:
+    """The page table as compressed rows: ``indices`` from ``indptr_B1[b]`` on are the pages of request b."""
+    arguments = (page_table_BP, cache_seqlens_B, page_size, indptr_B1, indices, last_page_len_B)
+    if page_table_BP.is_cuda:
+        _kernels().compact_pages(*arguments)
+        return
+    pages_B = (cache_seqlens_B + page_size - 1) // page_size
+    indptr_B1[0] = 0
+    indptr_B1[1:] = pages_B.cumsum(0)
+    last_page_len_B.copy_(cache_seqlens_B - (pages_B - 1) * page_size)
+    of_request_BP = torch.arange(page_table_BP.shape[1], device=page_table_BP.device) < pages_B[:, None]
+    pages = page_table_BP[of_request_BP]
+    indices[: pages.shape[0]] = pages
 
 
 def argmax(logits_BX: Tensor, out: Tensor | None = None) -> Tensor:

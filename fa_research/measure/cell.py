@@ -115,9 +115,8 @@ def measure(
         result.suspicions += nvml.suspicions(timer.monitor.series)
     if other is not None:
         _compare(result, workload, other, timer)
-    for unit in (
-        workload.units() if engine.config.measure.ledger else []
-    ):  # last: the profiler may stay in the driver
+    # Last, as the profiler stays in the driver.
+    for unit in workload.units() if engine.config.measure.ledger else []:
         timed_us = result.metrics.get(f"{unit.name}_span_us", result.metrics[f"{unit.name}_us"])
         result.metrics |= ledger(engine, unit, timer, timed_us)
     return result

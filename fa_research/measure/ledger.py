@@ -17,8 +17,7 @@ from statistics import median
 from fa_research import phases
 from fa_research.config import GraphMode
 from fa_research.engine.engine import Engine
-from fa_research.measure.timing import Timer
-from fa_research.measure.trace import (
+from fa_research.measure.device_trace import (
     Kernel,
     Segment,
     TraceCost,
@@ -28,6 +27,7 @@ from fa_research.measure.trace import (
     trace,
     trace_cost,
 )
+from fa_research.measure.timing import Timer
 from fa_research.workloads.base import Unit
 
 COMBINE, GAP = "combine", "gap"
@@ -121,6 +121,8 @@ def _on_device(engine: Engine, unit: Unit, timer: Timer, count: int) -> tuple[Co
             delimit()
 
     found = trace(run)
+    if not {phases.METADATA, phases.ATTENTION} <= set(marks):
+        raise TraceError(f"launching {unit.name} passed no marks of metadata and attention")
     unit.reset()
     pieces = segments(found, len(marks) + 2 * count)
     # Behind the last mark, and between steps, there is what puts the unit back and flushes the L2.

@@ -38,9 +38,11 @@ class Decoding(Workload):
             request.seq_len = context_len
         self.start(last_tokens)
 
-    def decode_unit(self, batch_size: int, reset: Callable[[], object]) -> Unit:
-        """One token for each request."""
-        step, steps = self.decoder.step, int(self.options.steps)
+    def decode_unit(
+        self, batch_size: int, reset: Callable[[], object], step: Callable[..., object] | None = None
+    ) -> Unit:
+        """One token for each request. `step` (None: the decoder's own) takes `replay` as `DecodeRunner.step`."""
+        step, steps = step or self.decoder.step, int(self.options.steps)
         launch = partial(step, replay=False)
         return Unit("decode_step", step, batch_size, steps, host_time=True, reset=reset, launch=launch)
 
@@ -50,4 +52,7 @@ class Decoding(Workload):
         return Pass(rows, lens, [1] * len(rows), self.decoder.padded_size, ForwardMode.DECODE)
 
     def batch(self) -> ForwardBatch:
-        return self.decoder.state.batch(len(self.requests), max(self.current_pass().seq_lens))
+        lens = tuple(self.current_pass().seq_lens)
+        batch = self.decoder.state.batch(len(lens), max(lens))
+        batch.seq_lens_cpu = lens
+        return batch

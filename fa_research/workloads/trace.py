@@ -123,10 +123,10 @@ class TraceReplay(Decoding):
         self._extend_batch = extend_batch(table, [last.cached.row], [self._prefix_len], [self._prompt])
 
     def units(self) -> list[Unit]:
-        size, steps, repeats = len(self.requests), int(self.options.steps), self.config.measure.repeats
+        repeats = self.config.measure.repeats
         return [
             Unit("extend_pass", self._extend, len(self._prompt), repeats, reset=self._turn_to_extend),
-            Unit("decode_step", self._step, size, steps, host_time=True, reset=self._restart),
+            self.decode_unit(len(self.requests), self._restart, self._step),
         ]
 
     def _extend(self) -> Tensor | None:
@@ -136,9 +136,9 @@ class TraceReplay(Decoding):
     def _turn_to_extend(self) -> None:
         self._extending = True
 
-    def _step(self) -> None:
+    def _step(self, *, replay: bool = True) -> None:
         self._extending = False
-        self.decoder.step()
+        self.decoder.step(replay=replay)
 
     def _restart(self) -> None:
         self._extending = False

@@ -101,14 +101,14 @@ def test_a_decode_step_in_static_buffers_is_cut_anew() -> None:
     """The captured form: static metadata, and requests that cross a chunk border between two steps."""
     scene = Scene(make_spec(mask=Chunked(16)), ((14, 1), (15, 1), (31, 1)), 4, torch.float32, decode=True)
     backend = BandTorch(scene.settings(), scene.specs)
-    backend.init_cuda_graph_state(8, scene.cache.req_to_token.max_context_len)
+    state = backend.init_cuda_graph_state(8, scene.cache.req_to_token.max_context_len)
     rows = [request.row for request in scene.requests]
     for step in range(3):
         scene.cache.extend(scene.requests, [1] * 3)
         lens = [prefix + step for prefix, _ in scene.lens]
         batch = decode_batch(scene.table, rows, lens, scene.cache.req_to_token.max_context_len)
         assert batch.mode is ForwardMode.DECODE
-        backend.init_forward_metadata_capture_cuda_graph(batch, scene.table)
+        backend.init_forward_metadata_capture_cuda_graph(batch, scene.table, state)
         chunked = backend._chunked[16]
         assert chunked.cache_seqlens_int32_B.tolist() == [n % 16 + 1 for n in lens]
 

@@ -153,9 +153,7 @@ def test_pallas_beyond_int32() -> None:
         ("cpu", {"kernel": "pallas"}, 64, "pallas", "as asked"),
         ("cpu", {"kernel": "xla"}, 64, "xla", "as asked"),
         pytest.param("cuda", {}, 64, "pallas", "on a GPU", marks=pytest.mark.gpu),
-        pytest.param(
-            "cuda", {}, 96, "xla", "not pallas: head dims 96", marks=pytest.mark.gpu
-        ),
+        pytest.param("cuda", {}, 96, "xla", "not pallas: head dims 96", marks=pytest.mark.gpu),
     ],
 )
 def test_which_kernel_decodes(

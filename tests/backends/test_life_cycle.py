@@ -88,11 +88,11 @@ def test_captured_passes_plan_on_the_static_buffers() -> None:
     host: the same call, with the lengths of the step at hand and the buffers of the capture."""
     scene = Scene(make_spec(), DECODE, 4, torch.float32, decode=True)
     backend = Recorder(scene.settings(), scene.specs)
-    backend.init_cuda_graph_state(5, 64)
-    backend.init_forward_metadata_capture_cuda_graph(scene.batch(padding=1), scene.table)
+    state = backend.init_cuda_graph_state(5, 64)
+    backend.init_forward_metadata_capture_cuda_graph(scene.batch(padding=1), scene.table, state)
     assert backend.calls == [("plan", [15, 16, 41, 4, 1], backend.lowerings[0])]
     captured = backend.forward_metadata
-    backend.init_forward_metadata_replay_cuda_graph(scene.batch([2, 0]), scene.table)
+    backend.init_forward_metadata_replay_cuda_graph(scene.batch([2, 0]), scene.table, state)
     assert backend.calls[1:] == [("plan", [41, 15], backend.lowerings[0])]
     replayed = backend.forward_metadata
     assert captured is not None and replayed is not None
@@ -103,8 +103,6 @@ def test_captured_passes_plan_on_the_static_buffers() -> None:
 def test_order_of_calls_is_checked() -> None:
     scene = Scene(make_spec(), DECODE, 4, torch.float32, decode=True)
     backend = backends.create("torch", scene.settings(), scene.specs)
-    with pytest.raises(AssertionError, match="init_cuda_graph_state comes first"):
-        backend.init_forward_metadata_capture_cuda_graph(scene.batch(), scene.table)
     with pytest.raises(AssertionError, match="init_forward_metadata comes first"):
         scene.lse(backend)
 
@@ -120,10 +118,10 @@ def test_static_buffers_serve_batches_of_other_sizes(
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     scene = Scene(make_spec((2, 1), mask=mask), DECODE, page_size, dtype, device, decode=True)
     backend = scene.backend(name)
-    backend.init_cuda_graph_state(6, scene.cache.req_to_token.max_context_len)
+    state = backend.init_cuda_graph_state(6, scene.cache.req_to_token.max_context_len)
     seen: set[int] = set()
     for which, padding in (([2, 1, 0, 3], 0), ([3, 0], 2), ([1], 0), ([0, 2, 3], 3)):
-        scene.check_outputs(scene.run(backend, which, padding=padding, static=True), which)
+        scene.check_outputs(scene.run(backend, which, padding=padding, static=state), which)
         metadata = backend.forward_metadata
         assert metadata is not None and metadata.batch_size == len(which) + padding
         seen.add(metadata.page_table_BP.data_ptr())

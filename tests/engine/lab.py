@@ -57,7 +57,8 @@ FA3 = Place("cuda", "fa3", torch.bfloat16, GraphMode.on)
 FA2 = Place("cuda", "fa2", torch.bfloat16, GraphMode.on)
 TRITON = Place("cuda", "triton", torch.bfloat16, GraphMode.on)
 TRITON_EAGER = Place("cuda", "triton", torch.bfloat16, GraphMode.off)
-GPU = (FA3, FA2, TRITON)
+FLASHINFER = Place("cuda", "flashinfer", torch.bfloat16, GraphMode.on)
+GPU = (FA3, FA2, TRITON, FLASHINFER)
 
 
 class WholeSequence:

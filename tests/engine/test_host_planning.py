@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fa_research import backends
 from fa_research.attention.lowering import Lowering
-from fa_research.backends import AttentionBackend, BackendSettings
+from fa_research.backends import AttentionBackend, BackendSettings, CudaGraphState
 from fa_research.backends.torch_backend import TorchBackend
 from fa_research.backends.triton_backend import TritonBackend
 from fa_research.batch import ForwardBatch
@@ -51,10 +51,10 @@ class _Planner(AttentionBackend):
         return super().init_forward_metadata(batch, req_to_token_RW)
 
     def init_forward_metadata_capture_cuda_graph(
-        self, batch: ForwardBatch, req_to_token_RW: Tensor
+        self, batch: ForwardBatch, req_to_token_RW: Tensor, state: CudaGraphState
     ) -> FlashAttentionMetadata:
         self.lens = batch.seq_lens_cpu
-        return super().init_forward_metadata_capture_cuda_graph(batch, req_to_token_RW)
+        return super().init_forward_metadata_capture_cuda_graph(batch, req_to_token_RW, state)
 
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
         if self.settings.device.type == "cuda":
@@ -135,9 +135,9 @@ def test_a_backend_that_plans_on_the_device_is_not_told_lengths() -> None:
         name = "curious"
         seen: list[tuple[int, ...]] = []
 
-        def init_forward_metadata_capture_cuda_graph(self, batch, req_to_token_RW):  # type: ignore[no-untyped-def]
+        def init_forward_metadata_capture_cuda_graph(self, batch, *args):  # type: ignore[no-untyped-def]
             self.seen.append(batch.seq_lens_cpu)
-            return super().init_forward_metadata_capture_cuda_graph(batch, req_to_token_RW)
+            return super().init_forward_metadata_capture_cuda_graph(batch, *args)
 
     lab = Lab(PADDED, make_backend=Curious)
     requests, first = lab.prefill(prompts_of(5))

@@ -13,6 +13,7 @@ from fa_research.backends.torch_backend import TorchBackend
 from fa_research.config import GraphMode
 from fa_research.engine.decode import DecodeRunner
 from fa_research.engine.decode_state import DecodeState
+from fa_research.masks import Causal, Chunked, Mask
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import AttentionSpec
 from tests.engine.lab import GPU, PADDED, Lab, Place, decode, places, prompts_of
@@ -27,7 +28,8 @@ def metadata_tensors(metadata: FlashAttentionMetadata | None) -> dict[str, Tenso
 def addresses(lab: Lab, decoder: DecodeRunner) -> dict[str, int]:
     """Where everything lies that a captured step reads or writes, bar what the graph allocates itself."""
     named = {f"state.{name}": tensor for name, tensor in decoder._static.tensors().items()}
-    named |= {f"metadata.{name}": t for name, t in metadata_tensors(lab.backend._static).items()}
+    assert decoder.graph_state is not None
+    named |= {f"metadata.{name}": t for name, t in metadata_tensors(decoder.graph_state.metadata).items()}
     named |= {f"weight.{name}": p for name, p in lab.model.named_parameters()}
     named |= {f"weight.{name}": p for name, p in lab.model.named_buffers()}
     named |= {"table": lab.runner.req_to_token_RW, "k": lab.cache.kv.k_LNKD, "v": lab.cache.kv.v_LNKV}
@@ -75,8 +77,8 @@ def test_known_failure_1_every_batch_size_attends_with_the_static_metadata() -> 
     prompts = prompts_of(21, 4, 33)
     requests, first = lab.prefill(prompts)
     decoder = lab.decoder(1, 2, 4)
-    static = {n: t.data_ptr() for n, t in metadata_tensors(lab.backend._static).items()}
-    assert isinstance(lab.backend, Witness)
+    assert isinstance(lab.backend, Witness) and decoder.graph_state is not None
+    static = {n: t.data_ptr() for n, t in metadata_tensors(decoder.graph_state.metadata).items()}
     decode(decoder, requests, prompts, first, 3)
     decode(decoder, requests[1:2], prompts[1:2], first[1:2], 3)
     assert [size for size, _ in lab.backend.seen] == [4] * 6 + [1] * 6  # two layers, three steps
@@ -111,3 +113,29 @@ def test_lengths_on_device_and_host_agree(mode: GraphMode) -> None:
     others, first = lab.prefill(prompts_of(7))
     decoder.start(others, first.argmax(-1))  # brings the host's lengths of the batch before up to date
     assert [r.seq_len for r in requests] == [31, 14, 43]
+
+
+@pytest.mark.parametrize("mask", [Causal(), Chunked(16)], ids=["causal", "chunked"])
+@pytest.mark.parametrize("place", places(PADDED, *GPU))
+def test_two_runners_of_one_backend_take_turns(place: Place, mask: Mask) -> None:
+    """Each owns what its captured steps read: one is wide and long, the other made later, narrow and short."""
+    lab = Lab(place, mask=mask)
+    wide, narrow = lab.decoder(1, 4), lab.decoder(2, bound=48)
+    prompts = prompts_of(21, 4, 70, 33, 5)
+    requests, first = lab.prefill(prompts)
+    split = {wide: (0, 1, 2), narrow: (3, 4)}
+    for decoder, which in split.items():
+        decoder.start([requests[i] for i in which], first[list(which)].argmax(-1))
+    tokens = {i: [int(token)] for i, token in enumerate(first.argmax(-1))}
+    logits: dict[int, list[Tensor]] = {i: [] for i in range(5)}
+    for _ in range(10):
+        for decoder in split:  # the tokens of both are read after both have stepped
+            decoder.step()
+        for decoder, which in split.items():
+            assert decoder.logits_BX is not None
+            new = decoder.reader.pop()
+            for n, i in enumerate(which):
+                logits[i].append(decoder.logits_BX[n].clone())
+                tokens[i].append(new[n])
+    for i, prompt in enumerate(prompts):
+        lab.check([*prompt, *tokens[i][:-1]], torch.stack(logits[i]), f"request {i}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fa_research.measure.device_trace import Kernel, Segment, TraceCost, TraceError, segments
 from fa_research.measure.ledger import GAP, Idle, Label, account, assign, labels
-from fa_research.measure.trace import Kernel, Segment, TraceCost, TraceError, segments
 from fa_research.phases import ATTENTION, HOST_PLAN, KV_WRITE, METADATA, MODEL, SAMPLING
 
 

@@ -1,0 +1,44 @@
+"""Which kernels a call runs, and how long each takes: python -m experiments.jax_decode.profile_calls (Hopper GPU)
+
+The same calls as `measure.py` at 64 x 4,096 tokens, from torch and from jitted JAX, as CUPTI records them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from experiments.jax_decode.measure import CHAIN, Prepared, Scene, in_jax, in_torch, through
+
+
+def report(name: str, prepared: Prepared) -> None:
+    """Kernels of one chain by total time, and how much of the chain no kernel ran."""
+    for _ in range(3):
+        prepared.wait(prepared.chain())
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        prepared.wait(prepared.chain())
+        torch.cuda.synchronize()
+    kernels = [event for event in recorded.events() if event.device_type.name == "CUDA"]
+    begin = min(event.time_range.start for event in kernels)
+    end = max(event.time_range.end for event in kernels)
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in kernels:
+        times[event.name].append(event.time_range.elapsed_us())
+    busy = sum(sum(found) for found in times.values())
+    print(f"{name}: {(end - begin) / CHAIN:.1f} us a call, {(end - begin - busy) / CHAIN:.1f} us idle")
+    for kernel, found in sorted(times.items(), key=lambda item: -sum(item[1]))[:10]:
+        print(f"    {sum(found) / CHAIN:8.2f} us a call, {len(found):4} times  {kernel[:110]}")
+
+
+def main() -> None:
+    scene = Scene.make(torch.device("cuda", 0), torch.bfloat16, 64, 4096)
+    for name in ("fa3", "triton"):
+        report(f"torch {name}", in_torch(name, False, scene))
+        report(f"torch {name}, planned each time", in_torch(name, True, scene))
+        report(f"jit {name}", in_jax(lambda a, name=name: through(name, a), scene))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""`flex`: torch's FlexAttention reads the paged cache in place, through a block mask made of page tables.
+
+After FlexAttention's paged attention (Dong et al. 2024, arXiv 2412.05496, section 5.2;
+`torch.nn.attention.experimental._paged_attention`; attention-gym): the cache is one long sequence of slots, a block of
+the block mask is a page, and the mask function turns slots into positions before it asks the mask's own predicate.
+A ragged batch is cut into tiles of queries of one request each; a tile is one entry of Flex's batch.
+
+Legend: T query tokens, B requests, N slots (of `logical_BN` pages of the pool), H query heads, K KV heads, D head dim,
+V value head dim, I tiles, R queries in a tile, W pages listed for a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+
+from fa_research.attention.lowering import Lowering
+from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.backends.flex_pages import TILE, Blocks, Tiles, cut, list_pages
+from fa_research.errors import Unsupported
+from fa_research.metadata import FlashAttentionMetadata
+from fa_research.spec import AttentionSpec, Capabilities
+
+_SMALLEST_BLOCK = 16  # keys: what a Triton dot takes
+_OPTIONS = {"block_m": "BLOCK_M", "block_n": "BLOCK_N", "num_warps": "num_warps", "num_stages": "num_stages"}
+
+Run = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class FlexBackend(AttentionBackend):
+    """On a GPU Flex is compiled (once per spec, number of tiles and width of the table, the last two in steps) and
+    reads the listed pages alone; it plans on the device in the pass's first layer, so a decode step can be captured.
+    On the CPU it computes every score of the pool, with NaN among the values taken as zero, because it multiplies
+    those of others by an exact zero.
+
+    `backend.options.block_m`, `block_n`, `num_warps` and `num_stages` go to its Triton kernels."""
+
+    name = "flex"
+    option_names = frozenset(_OPTIONS)
+    combine_kernels = ("triton_per_", "triton_red_", "triton_poi_")  # inductor's reductions; attention is triton_tem_
+
+    def __init__(self, settings: BackendSettings, specs: Any) -> None:
+        super().__init__(settings, specs)
+        self._runs: dict[tuple[Any, ...], Run] = {}
+        self.compiler = (
+            "inductor" if settings.device.type == "cuda" else None
+        )  # torch.compile's; None: not compiled
+
+    @classmethod
+    def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
+        if settings.device.type != "cuda":
+            return ()
+        from torch.utils._triton import has_triton
+
+        if has_triton():
+            return ()
+        return ("torch.compile finds no Triton for this GPU; FlexAttention's kernels are written in it",)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        on_gpu = self.settings.device.type == "cuda"
+        dtypes = {"float16", "bfloat16", "float32"}
+        return Capabilities(
+            devices=frozenset({"cpu", "cuda"}),
+            dtypes=frozenset(dtypes if on_gpu else dtypes | {"float64"}),
+            mask_features=frozenset({"predicate"}),
+            own_v_head_dim=True,
+            page_size_multiple=_SMALLEST_BLOCK if on_gpu else 1,
+            softcap=True,
+            returns_lse=True,
+        )
+
+    def lower(self, spec: AttentionSpec) -> Lowering:
+        lowering, s, reasons = super().lower(spec), self.settings, []
+        on_gpu, group = s.device.type == "cuda", spec.num_heads // spec.num_kv_heads
+        if (
+            on_gpu
+            and not 16 <= min(spec.head_dim, spec.v_head_dim) <= max(spec.head_dim, spec.v_head_dim) <= 256
+        ):
+            reasons.append(f"head dim {spec.head_dim}, {spec.v_head_dim} of values: takes 16 to 256 on a GPU")
+        if s.num_splits and not on_gpu:
+            reasons.append(f"backend.num_splits={s.num_splits}: on the CPU there are no splits; use 0")
+        elif s.num_splits and group & (group - 1):
+            reasons.append(
+                f"backend.num_splits={s.num_splits}: FlexAttention splits keys only where a power of two query heads "
+                f"share a KV head, here {group}; use 0"
+            )
+        if s.deterministic:
+            reasons.append("backend.deterministic=true: FlexAttention's splits go by the size of the batch")
+        return replace(lowering, reasons=lowering.reasons + tuple(reasons))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if self.settings.device.type == "cuda":
+            return ()
+        return ("backend=flex: on the CPU it materialises every score of the pool; for correctness only",)
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_cache_NKD: Tensor,
+        v_cache_NKV: Tensor,
+        metadata: FlashAttentionMetadata,
+        spec: AttentionSpec,
+        *,
+        sinks_H: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert sinks_H is None, "sinks are an epilogue"
+        on_gpu = q_THD.is_cuda
+        if on_gpu and max(k_cache_NKD.numel(), v_cache_NKV.numel()) > 2**31:
+            numel = f"{k_cache_NKD.numel():,} elements in one layer's keys"
+            raise Unsupported(
+                self.name, [f"{numel}: FlexAttention's kernels count in 32 bits; use fewer kv.num_pages"]
+            )
+        tiles, blocks = self._plan(metadata, spec, q_THD.shape[0], k_cache_NKD.shape[0])
+        q_IRHD = q_THD[:, None] if tiles.token_IR is None else q_THD[tiles.token_IR]
+        tensors = (
+            q_IRHD.transpose(1, 2),
+            k_cache_NKD.transpose(0, 1)[None],
+            (v_cache_NKV if on_gpu else v_cache_NKV.nan_to_num(nan=0.0)).transpose(0, 1)[None],
+            tiles.request_I, tiles.first_I, tiles.logical_BN, metadata.cache_seqlens_int32_B,
+            blocks.num_partial_I, blocks.partial_IW, blocks.num_full_I, blocks.full_IW,
+        )  # fmt: skip
+        out_IHRV, lse_IHR = self._run(spec, metadata.page_size, return_lse, tensors)
+        out_THV, lse_TH = out_IHRV.transpose(1, 2).flatten(0, 1), None
+        if lse_IHR is not None:
+            lse_TH = lse_IHR.transpose(1, 2).flatten(0, 1).float()
+        if tiles.row_T is not None:
+            out_THV, lse_TH = out_THV[tiles.row_T], None if lse_TH is None else lse_TH[tiles.row_T]
+        return out_THV, lse_TH
+
+    def _plan(
+        self, metadata: FlashAttentionMetadata, spec: AttentionSpec, num_tokens: int, num_slots: int
+    ) -> tuple[Tiles, Blocks]:
+        """Made in the first layer of a pass, because only a layer knows how large the pool is."""
+        plans, key = metadata.plans, (self.name, spec.mask)
+        if self.name not in plans:
+            plans[self.name] = cut(metadata, num_tokens, num_slots)
+        if key not in plans:
+            plans[key] = list_pages(metadata, plans[self.name], spec.mask)
+        return plans[self.name], plans[key]
+
+    def _run(
+        self, spec: AttentionSpec, page_size: int, return_lse: bool, tensors: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.compiler is None:
+            with _without_tracing():
+                return make_run(spec, page_size, return_lse, {})(*tensors)
+        inference = torch.is_inference_mode_enabled()  # dynamo's guards tell such tensors apart
+        shapes = (None if t is None else (t.shape, t.stride(), t.is_inference()) for t in tensors)
+        key = (spec, return_lse, inference, torch.is_grad_enabled(), *shapes)
+        fresh = key not in self._runs
+        if fresh:
+            assert tensors[0] is not None
+            options = self._kernel_options(spec, page_size, decode=tensors[0].shape[2] == 1)
+            run = make_run(spec, page_size, return_lse, options)
+            self._runs[key] = torch.compile(run, fullgraph=True, dynamic=False, backend=self.compiler)
+        with _without_recompile_limit() if fresh else nullcontext():
+            return self._runs[key](*tensors)
+
+    def _kernel_options(self, spec: AttentionSpec, page_size: int, decode: bool) -> dict[str, Any]:
+        """Flex's own choice, but for the keys it takes at a time: they must lie in one page and fit shared memory."""
+        wide, full = max(spec.head_dim, spec.v_head_dim) > 128, self.settings.dtype is torch.float32
+        options: dict[str, Any] = {"BLOCK_N": min(page_size & -page_size, 32 if wide or full else 64)}
+        if full and not decode:
+            options["BLOCK_M"] = 32
+        if self.settings.num_splits and decode:
+            options["SPLIT_KV"] = self.settings.num_splits
+        return options | {_OPTIONS[name]: value for name, value in self.settings.options.items()}
+
+
+def make_run(spec: AttentionSpec, page_size: int, return_lse: bool, options: dict[str, Any]) -> Run:
+    """Flex for one spec, as a function of tensors alone: what is compiled."""
+    mask, softcap = spec.mask, spec.softcap
+
+    def cap(score: Tensor, i: Tensor, h: Tensor, r: Tensor, slot: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    def run(
+        q_IHRD: Tensor, k_1KND: Tensor, v_1KNV: Tensor,
+        request_I: Tensor, first_I: Tensor, logical_BN: Tensor, lens_B: Tensor,
+        num_partial_I: Tensor, partial_IW: Tensor, num_full_I: Tensor | None, full_IW: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        def sees(i: Tensor, h: Tensor, r: Tensor, slot: Tensor) -> Tensor:
+            page = logical_BN[request_I[i], slot // page_size]
+            k_pos = page * page_size + slot % page_size
+            return (page >= 0) & (k_pos < lens_B[request_I[i]]) & mask.allows(first_I[i] + r, k_pos)
+
+        block_mask = flex.BlockMask.from_kv_blocks(
+            num_partial_I[:, None, None],
+            partial_IW[:, None, None],
+            None if num_full_I is None else num_full_I[:, None, None],
+            None if full_IW is None else full_IW[:, None, None],
+            BLOCK_SIZE=(TILE, page_size),
+            mask_mod=sees,
+            seq_lengths=(q_IHRD.shape[2], k_1KND.shape[2]),
+            compute_q_blocks=False,
+        )
+        out, aux = flex.flex_attention(
+            q_IHRD, k_1KND, v_1KNV, cap if softcap else None, block_mask, spec.scale,
+            enable_gqa=spec.num_heads != spec.num_kv_heads,
+            kernel_options=cast(Any, options),
+            return_aux=flex.AuxRequest(lse=return_lse),
+        )  # fmt: skip
+        return out, aux.lse
+
+    return run
+
+
+@contextmanager
+def _without_tracing() -> Iterator[None]:
+    """Off the GPU Flex has dynamo trace every mask and shape anew, for the same arithmetic; its own switch for
+    debugging leaves that out, and with it the warning that nothing was compiled."""
+    before = flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    try:
+        yield
+    finally:
+        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+
+
+def _without_recompile_limit() -> Any:
+    """Every shape is one entry of dynamo's cache, which by default takes eight."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
