@@ -177,8 +177,24 @@ class RunCallback(Callback):
         rows = gather(sweep_dir)
         print_table(rows)
         CONSOLE.print(f"{len(rows)} row{'s' * (len(rows) != 1)} in {sweep_dir}", soft_wrap=True)
+        if rows and config.sweep.report:
+            _report(sweep_dir)
         if code := exit_code(rows, sweep=True) if rows else FAILED:
             raise SystemExit(code)
+
+
+def _report(sweep_dir: Path) -> None:
+    """Write report.html and figures; whatever becomes of them, the rows stand."""
+    from fa_research.tracking import CONSOLE
+
+    try:
+        from fa_research.compare import sweep_report
+
+        page, *figures = sweep_report.write(sweep_dir)
+        more = f" and {len(figures)} figure{'s' * (len(figures) != 1)} beside it" if figures else ""
+        CONSOLE.print(f"{page}{more}", soft_wrap=True, markup=False)
+    except Exception as error:
+        log.warning("no report of this sweep: %s", error, exc_info=_wants_traceback)
 
 
 def _check_folder(config: DictConfig, key: str) -> None:

@@ -64,16 +64,19 @@ class Cell:
 
 @dataclass
 class Matching:
-    """How rows are put together: keys that need not be equal, and whether machines and versions need be."""
+    """How rows are put together: keys that need not be equal, whether machines and versions need be, and whether a row
+    that has no other beside it makes a cell too."""
 
     question: Question
     metric: str
     ignore: tuple[str, ...] = ()
     across: bool = False
     notes: list[str] = field(default_factory=list)
+    alone: bool = False
+    _free: dict[str, bool] = field(default_factory=dict)  # keys that need not be equal
 
     def cells(self, records: Sequence[Record]) -> list[Cell]:
-        """Cells with two answers at least, in the order of their values.
+        """Cells with two answers at least (one, with `alone`), in the order of their values.
 
         Raises ConfigError if there is none, saying why, and where rows of one cell differ in machine or version and
         `across` is not set.
@@ -89,7 +92,8 @@ class Matching:
         if not self.across and not self.question.is_environment:
             _refuse_mixed(self.question, list(groups.values()))
         found = [members for group in groups.values() for members in self._by_machine(group)]
-        matched = [m for m in found if len({self.question.label(record) for record in m}) > 1]
+        fewest = 1 if self.alone else 2
+        matched = [m for m in found if len({self.question.label(record) for record in m}) >= fewest]
         alone = sum(len(m) for m in found) - sum(len(m) for m in matched)
         if not matched:
             raise ConfigError(self._why_empty(asked))
@@ -101,7 +105,10 @@ class Matching:
         return self._build(matched)
 
     def _is_free(self, key: str) -> bool:
-        return any(within(key, name) for name in (self.question.name, *NOT_MATCHED, *self.ignore))
+        if key not in self._free:
+            names = (self.question.name, *NOT_MATCHED, *self.ignore)
+            self._free[key] = any(within(key, name) for name in names)
+        return self._free[key]
 
     def _signature(self, record: Record) -> tuple[Any, ...]:
         return tuple(sorted((k, repr(v)) for k, v in record.config.items() if not self._is_free(k)))

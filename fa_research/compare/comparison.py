@@ -24,6 +24,7 @@ class Comparison:
         records: all rows read, each config once; a row's number in reports is its place here.
         cells: in the order of their keys.
         notes: what a reader has to know: repeated rows, other versions, rows left out.
+        anchor: what the anchors of its cells begin with on a page.
     """
 
     question: Question
@@ -34,6 +35,7 @@ class Comparison:
     cells: list[Cell]
     notes: list[str] = field(default_factory=list)
     other_metrics: list[str] = field(default_factory=list)
+    anchor: str = "cell"
 
     @cached_property
     def labels(self) -> list[str]:

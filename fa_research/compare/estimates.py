@@ -16,7 +16,7 @@ from fa_research.measure.bootstrap import FEWEST_SAMPLES, Draws, interval, media
 
 _HIGHER_IS_BETTER = ("_per_s", "_fraction", "_hit_rate")
 _RATE = "_tokens_per_s"
-_MAIN = ("decode_step_us", "extend_pass_us", "mixed_pass_us", "attention_us", "prefill_us")
+MAIN = ("decode_step_us", "extend_pass_us", "mixed_pass_us", "attention_us", "prefill_us")
 
 
 class How(Enum):
@@ -57,6 +57,13 @@ class Ratio:
 
 def estimate(record: Record, metric: str) -> Estimate | None:
     """The record's number; None where it has none that is finite and positive."""
+    if metric not in record.estimates:
+        record.estimates[metric] = _estimate(record, metric)
+    found: Estimate | None = record.estimates[metric]
+    return found
+
+
+def _estimate(record: Record, metric: str) -> Estimate | None:
     value = _positive(record, metric)
     if value is None:
         return None
@@ -120,7 +127,7 @@ def choose_metric(wanted: str | None, records: Sequence[Record]) -> tuple[str, l
             f"no row has a metric {wanted}{did_you_mean(wanted, count)}; there are {', '.join(count)}"
         )
     main = [name for name in count if _is_main(name)] or list(count)
-    main.sort(key=lambda name: (-count[name], name not in _MAIN, _MAIN.index(name) if name in _MAIN else 0))
+    main.sort(key=lambda name: (-count[name], name not in MAIN, MAIN.index(name) if name in MAIN else 0))
     chosen = wanted or main[0]
     return chosen, [name for name in main if name != chosen]
 

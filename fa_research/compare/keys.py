@@ -11,7 +11,8 @@ from fa_research.compare.reading import Record
 from fa_research.errors import ConfigError
 from fa_research.tracking.screen import format_value
 
-NOT_MATCHED = ("study", "tracking")  # where and how results are kept; not part of the config hash either
+# Where and how results are made and kept; not part of the config hash either.
+NOT_MATCHED = ("study", "tracking", "sweep", "measure.timeout_s")
 ENVIRONMENT = "environment."
 ABSENT = "absent"
 
@@ -54,20 +55,25 @@ def ask(text: str, records: Sequence[Record]) -> Question:
     records give one answer.
     """
     name = resolve(text, records)
+    question = question_of(name, records)
+    if len(question.labels) < 2:
+        others = [key for key in varying(records) if not within(key, name)]
+        raise ConfigError(
+            f"all {len(question.by_record)} rows have {name}={question.labels[0]}, so there is nothing to compare; "
+            f"what varies between them: {', '.join(others[:12]) or 'nothing'}"
+        )
+    return question
+
+
+def question_of(name: str, records: Sequence[Record]) -> Question:
+    """The question of a key or group given in full; it may have one answer, or none."""
     answers = {id(r): values for r in records if (values := _values(r, name))}
     labels = _labels(name, list({repr(values): values for values in answers.values()}.values()))
     by_record = {key: labels[repr(values)] for key, values in answers.items()}
     order = {
         labels[repr(values)]: [order_of(value) for value in values.values()] for values in answers.values()
     }
-    question = Question(name, tuple(sorted(order, key=order.__getitem__)), by_record)
-    if len(question.labels) < 2:
-        others = [key for key in varying(records) if not within(key, name)]
-        raise ConfigError(
-            f"all {len(answers)} rows have {name}={question.labels[0]}, so there is nothing to compare; what "
-            f"varies between them: {', '.join(others[:12]) or 'nothing'}"
-        )
-    return question
+    return Question(name, tuple(sorted(order, key=order.__getitem__)), by_record)
 
 
 def resolve(text: str, records: Sequence[Record]) -> str:

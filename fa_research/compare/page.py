@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.estimates import Ratio
+from fa_research.compare.html import MOST_BYTES, bullets, figure, frame, listing, machine, sentence, table
 from fa_research.compare.keys import ABSENT, readable, short, text_of, varying
 from fa_research.compare.reading import Record
-from fa_research.compare.style import style_sheet
 from fa_research.compare.verdicts import Regret
 from fa_research.compare.wording import (
     caveats,
-    counted,
     excess,
     number,
     outcome,
@@ -24,16 +22,6 @@ from fa_research.compare.wording import (
 )
 from fa_research.tracking import Status
 from fa_research.tracking.screen import flat, format_value
-
-MOST_BYTES = 2_000_000
-_FACTS = {
-    "gpu": "GPU",
-    "cpu": "CPU",
-    "gpu_driver": "driver",
-    "cuda": "CUDA",
-    "python": "Python",
-    "git_commit": "commit",
-}
 
 
 def page(comparison: Comparison, figures: Sequence[tuple[str, str]]) -> str:
@@ -59,20 +47,17 @@ def _page(
 ) -> str:
     title = f"{comparison.question.title} by {quantity(comparison.metric)}"
     body = "\n".join(_body(comparison, figures, title, details, left_out))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{style_sheet()}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return frame(title, body)
 
 
 def _body(
     comparison: Comparison, figures: Sequence[tuple[str, str]], title: str, details: bool, left_out: int
 ) -> Iterable[str]:
+    used = [entry.record for cell in comparison.cells for entry in cell.entries.values() if entry.estimate]
     yield f"<h1>{escape(title)}</h1>"
-    yield f'<p class="muted">{escape(_machine(comparison))}</p>'
-    yield f'<p class="lead">{escape(_sentence(regret_summary(comparison)))}</p>'
-    yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in summary(comparison))}</ul>"
+    yield f'<p class="muted">{escape(machine(used, comparison.records))}</p>'
+    yield f'<p class="lead">{escape(sentence(regret_summary(comparison)))}</p>'
+    yield bullets(summary(comparison))
     sections = {
         "figures": "Figures",
         "cells": "Every cell",
@@ -86,52 +71,21 @@ def _body(
     yield f"<nav>{''.join(links)}</nav>"
     if figures:
         yield '<h2 id="figures">Figures</h2><p class="small">Points, ticks and fields lead to their rows.</p>'
-        yield from (
-            f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" for svg, caption in figures
-        )
+        yield from (figure(svg, caption) for svg, caption in figures)
     if left_out:
         yield f'<p class="small">{left_out} figures are too large for this page: they are PNGs beside it.</p>'
     yield '<h2 id="cells">Every cell</h2>'
-    yield from _cells(comparison)
+    yield from cells_table(comparison)
     yield '<h2 id="regret">Regret of one choice everywhere</h2>'
-    yield from _regret(comparison)
+    yield from regret_table(comparison)
     yield '<h2 id="notes">Notes</h2>'
     notes = [*caveats(comparison), *comparison.notes]
-    yield f"<ul>{''.join(f'<li>{escape(_sentence(line))}</li>' for line in notes)}</ul>"
+    yield bullets(map(sentence, notes))
     yield '<h2 id="rows">Rows</h2>'
     yield from _rows(comparison, details)
 
 
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
-
-
-def _machine(comparison: Comparison) -> str:
-    """Where and when the compared rows were made, in a line."""
-    used = [entry.record for cell in comparison.cells for entry in cell.entries.values() if entry.estimate]
-    facts = []
-    for key, name in _FACTS.items():
-        values = sorted({str(v) for record in used if (v := record.row.environment.get(key)) is not None})
-        if values and not (key == "cpu" and any(record.row.environment.get("gpu") for record in used)):
-            facts.append(
-                f"{name} {' and '.join(value[:12] if key == 'git_commit' else value for value in values)}"
-            )
-    for package in ("torch", "triton"):
-        found = (record.row.environment.get("packages") or {} for record in used)
-        if values := sorted({str(packages[package]) for packages in found if package in packages}):
-            facts.append(f"{package} {' and '.join(values)}")
-    days = sorted({record.row.finished[:10] for record in used})
-    span = [days[0]] if len(days) == 1 else [f"{days[0]} to {days[-1]}"] if days else []
-    return "; ".join([*facts, *span, counted(comparison.records)])
-
-
-def _table(head: Sequence[tuple[str, str]], lines: Iterable[str]) -> str:
-    """A table of ready lines; `head` are texts with a class each."""
-    columns = "".join(f'<th class="{kind}">{escape(text)}</th>' for text, kind in head)
-    return f'<div class="scroll"><table><thead><tr>{columns}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def _cells(comparison: Comparison) -> Iterable[str]:
+def cells_table(comparison: Comparison) -> Iterable[str]:
     keys = list(comparison.cells[0].where)
     head = [(short(key, keys), "") for key in keys] + [(label, "") for label in comparison.labels]
     lines = []
@@ -146,28 +100,28 @@ def _cells(comparison: Comparison) -> Iterable[str]:
             kind = "status" if entry.estimate is None else "best" if label in verdict.best else ""
             line += f'<td class="{kind}"><a href="#row-{comparison.number_of(entry.record)}">{escape(text)}</a></td>'
         line += f'<td class="wrap">{escape(outcome(comparison, cell, verdict))}</td>'
-        lines.append(f'<tr id="cell-{place}">{line}</tr>')
-    yield _table([*head, ("best, and how the next compares", "text")], lines)
+        lines.append(f'<tr id="{comparison.anchor}-{place}">{line}</tr>')
+    yield table([*head, ("best, and how the next compares", "text")], lines)
     yield (
         f'<p class="small">{escape(quantity(comparison.metric).capitalize())}, medians; what no other beats is marked. '
         "In brackets the 95 % interval of the difference.</p>"
     )
 
 
-def _regret(comparison: Comparison) -> Iterable[str]:
+def regret_table(comparison: Comparison) -> Iterable[str]:
     found, _ = comparison.regrets
     numbers = {id(cell): place for place, cell in enumerate(comparison.cells)}
     head = [(comparison.question.title, "text"), ("cells", ""), ("no number", ""), ("geometric mean", "")]
 
     def line(item: Regret) -> str:
-        worst = f'<a href="#cell-{numbers[id(item.worst_cell)]}">{escape(excess(Ratio(item.worst)))}</a>'
+        worst = f'<a href="#{comparison.anchor}-{numbers[id(item.worst_cell)]}">{escape(excess(Ratio(item.worst)))}</a>'
         where = escape(item.worst_cell.title) if item.worst > 1 else ""
-        mean = f'<a href="#cells">{escape(excess(item.mean))}</a>'
+        mean = f'<a href="#{comparison.anchor}-0">{escape(excess(item.mean))}</a>'
         counts = f"<td>{item.cells}</td><td>{item.failed}</td>"
         numbers_ = f'{counts}<td>{mean}</td><td>{worst}</td><td class="text">{where}</td>'
         return f'<tr><td class="text">{escape(item.label)}</td>{numbers_}</tr>'
 
-    yield _table([*head, ("worst", ""), ("worst at", "text")], map(line, found))
+    yield table([*head, ("worst", ""), ("worst at", "text")], map(line, found))
 
 
 def _rows(comparison: Comparison, details: bool) -> Iterable[str]:
@@ -177,7 +131,7 @@ def _rows(comparison: Comparison, details: bool) -> Iterable[str]:
     common = {k: v for k, v in records[0].config.items() if k not in differing}
     yield (
         f'<details id="common"><summary>What all {len(records)} configs have in common ({len(common)} keys)</summary>'
-        f"<pre>{_listing(common)}</pre></details>"
+        f"<pre>{listing(common)}</pre></details>"
     )
     if not details:
         yield '<p class="small">There are too many rows for their details to fit; the files named here have them.</p>'
@@ -187,7 +141,7 @@ def _rows(comparison: Comparison, details: bool) -> Iterable[str]:
         _row(comparison, record, keys) + (_details(record, differing, len(head)) if details else "")
         for record in records
     )
-    yield _table(head, lines)
+    yield table(head, lines)
 
 
 def _row(comparison: Comparison, record: Record, keys: Sequence[str]) -> str:
@@ -213,13 +167,9 @@ def _details(record: Record, differing: Sequence[str], columns: int) -> str:
     said = "".join(f'<div class="small">{escape(line)}</div>' for line in [*row.reasons, *row.notes])
     metrics = {name: value for name, value in row.metrics.items() if not isinstance(value, list)}
     parts = {"metrics": metrics, "check": flat(row.checks), "environment": record.environment}
-    listings = "\n".join(_listing(values, exact=True) for values in parts.values() if values)
+    listings = "\n".join(listing(values, exact=True) for values in parts.values() if values)
     return (
         f'<tr class="more"><td></td><td colspan="{columns - 1}">{said}<details><summary>config, metrics, checks, '
         f'environment</summary><div class="small">config, besides <a href="#common">what all have in common</a></div>'
-        f"<pre>{_listing(own)}</pre><pre>{listings}</pre></details></td></tr>"
+        f"<pre>{listing(own)}</pre><pre>{listings}</pre></details></td></tr>"
     )
-
-
-def _listing(values: Mapping[str, Any], exact: bool = False) -> str:
-    return "\n".join(f"{escape(key)}: {escape(str(v) if exact else text_of(v))}" for key, v in values.items())

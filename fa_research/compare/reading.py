@@ -32,6 +32,7 @@ class Record:
         line: number of its line in `path`, from 1.
         config: the row's config with dotted keys, and today's defaults for the keys that its version did not have.
         filled: the keys of `config` that are such defaults.
+        estimates: what `estimates.estimate` has made of its metrics so far.
     """
 
     row: Row
@@ -39,6 +40,7 @@ class Record:
     line: int
     config: dict[str, Any] = field(default_factory=dict)
     filled: frozenset[str] = frozenset()
+    estimates: dict[str, Any] = field(default_factory=dict)
 
     @property
     def place(self) -> str:
@@ -67,6 +69,8 @@ class Record:
         if own := self.row.samples.get(metric):
             return tuple(own)
         value = self.row.metrics.get(metric)
+        if own := getattr(self.row, "samples", {}).get(metric):
+            return tuple(float(v) for v in own)
         stem = metric.removesuffix("_us")
         kept = [self.row.metrics.get(name) for name in (f"{stem}_samples_us", "samples_us")]
         kept += [values for name, values in self._series if name.rpartition("/")[2] == metric]
@@ -178,7 +182,8 @@ def _without_copies(records: Sequence[Record]) -> list[Record]:
     """A sweep's rows.jsonl repeats those of its cells: of equal rows the one with samples beside it stays."""
     kept: dict[str, Record] = {}
     for record in records:
-        text = record.row.to_json()
+        row = record.row
+        text = repr((row.status, row.started, row.finished, row.config, row.metrics, row.reasons))
         has_series = (record.path.parent / SERIES_FILE).exists()
         if text not in kept or (has_series and not (kept[text].path.parent / SERIES_FILE).exists()):
             kept[text] = record

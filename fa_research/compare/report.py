@@ -29,14 +29,13 @@ def _write_figures(comparison: Comparison, folder: Path) -> list[Path]:
     from fa_research.compare.page import page
 
     figures = draw(comparison)
-    written = []
+    written, drawn = [], []
     for figure in figures:
         path = folder / f"{figure.name}.png"
         path.write_bytes(png(figure))
+        drawn.append((svg(figure), figure.caption))
         written.append(path)
     write_markdown(comparison, folder, [(figure.title, f"{figure.name}.png") for figure in figures])
     report = folder / "report.html"
-    report.write_text(
-        page(comparison, [(svg(figure), figure.caption) for figure in figures]), encoding="utf-8"
-    )
+    report.write_text(page(comparison, drawn), encoding="utf-8")
     return [*written, report]

@@ -33,6 +33,11 @@ td.best { background: var(--good); } td.best a { font-weight: 650; }
 td.status { color: var(--warn); }
 tr:target td, tr:target + tr td { background: var(--mark); }
 tr.more td { text-align: left; padding-top: 0; white-space: normal; }
+h3 { font-size: 16px; margin: 34px 0 6px; } h4 { font-size: 14px; font-weight: 500; margin: 0; }
+section.row { border-bottom: 1px solid var(--grid); padding: 4px 8px; overflow-wrap: anywhere; }
+section.row .body { display: none; padding: 4px 0 8px; } section.row .status { color: var(--warn); }
+section.row:target { background: var(--panel); } section.row:target .body { display: block; }
+body:has(#all-rows:checked) section.row .body { display: block; }
 summary { cursor: pointer; color: var(--muted); }
 pre { background: var(--panel); padding: 10px 14px; overflow-x: auto; font-size: 12.5px; line-height: 1.45;
   border-radius: 6px; columns: 2 380px; column-gap: 32px; margin: 6px 0; }

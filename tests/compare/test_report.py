@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fa_research.compare import Comparison, compare
 from fa_research.compare.__main__ import main
 from fa_research.compare.page import MOST_BYTES, page
 from fa_research.tracking import ROWS_FILE, Status
+from tests.compare.pages import Page
 from tests.compare.results import config_of, noisy, row_of, sweep, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,28 +32,6 @@ TIMES = {
     for backend, base in (("fa3", 100.0), ("triton", 112.0), ("torch", 700.0))
     for context in (1024, 4096, 16384)
 }
-
-
-class Page(HTMLParser):
-    """What a browser would load, the anchors and the links within."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.loads: list[str] = []
-        self.tags: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            elif name == "href" and tag == "a":
-                self.links.append(value or "")
-            elif name in ("src", "href", "xlink:href", "srcset", "data", "action"):
-                self.loads.append(f"{tag} {name}={value}")
 
 
 @pytest.fixture(scope="module")

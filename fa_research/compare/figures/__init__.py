@@ -22,7 +22,7 @@ def require_altair() -> None:
         import vl_convert  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"figures and report.html need {error.name}, which is not installed: pip install 'fa_research[report]'"
+            f"figures need {error.name}, which is not installed: pip install 'fa_research[report]'"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,13 @@ class Figure:
     chart: alt.TopLevelMixin
 
 
+def chart_of(points: Sequence[Point]) -> alt.Chart:
+    """A chart of these points. Altair copies a chart at every step, down to each value of a list; a tuple it leaves."""
+    import altair as alt
+
+    return alt.Chart(alt.Data(values=tuple(points)))
+
+
 def linked(comparison: Comparison, cell: Cell, entry: Entry) -> Point:
     """What every point has: its answer, the anchor of its row, and words for it."""
     row = comparison.number_of(entry.record)
@@ -44,10 +52,15 @@ def linked(comparison: Comparison, cell: Cell, entry: Entry) -> Point:
 
 def encodings(comparison: Comparison) -> tuple[alt.Color, alt.Shape]:
     """Colour and shape of each answer."""
+    return look_of(comparison.labels, comparison.question.title)
+
+
+def look_of(labels: Sequence[str], title: str) -> tuple[alt.Color, alt.Shape]:
+    """Colour and shape of these labels, with one legend."""
     import altair as alt
 
-    look = palette(comparison.labels)
-    domain, title = list(look), comparison.question.title
+    look = palette(labels)
+    domain = list(look)
     colors, shapes, _ = (list(column) for column in zip(*look.values(), strict=True))
     return (
         alt.Color("label:N").scale(domain=domain, range=colors).title(title),

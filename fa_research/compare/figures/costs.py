@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from fa_research.compare.comparison import Comparison
-from fa_research.compare.figures.base import MOST_CELLS, Figure, cost_axis, cost_point, encodings, linked
+from fa_research.compare.figures.base import (
+    MOST_CELLS,
+    Figure,
+    chart_of,
+    cost_axis,
+    cost_point,
+    encodings,
+    linked,
+)
 from fa_research.compare.figures.theme import FG, MUTED
 from fa_research.compare.wording import excess
 
@@ -26,7 +34,7 @@ def cost_figure(comparison: Comparison) -> Figure | None:
     along = cost_axis(min(ends), max(ends))
     down = alt.Y("cell:N").sort(None).title(None).axis(labelLimit=420, grid=True)
     color, shape = encodings(comparison)
-    base = alt.Chart(alt.Data(values=points)).encode(y=down, color=color)
+    base = chart_of(points).encode(y=down, color=color)
     rules = base.mark_rule(strokeWidth=2, opacity=0.8).encode(x=alt.X("low:Q"), x2="high:Q")
     dots = base.mark_point(filled=True, size=60, opacity=1).encode(
         x=along, shape=shape, href="href:N", description="description:N"
@@ -64,10 +72,10 @@ def regret_figure(comparison: Comparison) -> Figure | None:
     down = alt.Y("label:N").sort(order).title(comparison.question.title)
     color, _ = encodings(comparison)
     color = color.legend(None)
-    ticks = alt.Chart(alt.Data(values=points)).mark_tick(thickness=2, size=20, opacity=0.75)
+    ticks = chart_of(points).mark_tick(thickness=2, size=20, opacity=0.75)
     along = cost_axis(0.0, max(p["x"] for p in points))
     ticks = ticks.encode(x=along, y=down, color=color, href="href:N", description="description:N")
-    base = alt.Chart(alt.Data(values=means)).encode(x=along, y=down)
+    base = chart_of(means).encode(x=along, y=down)
     dots = base.mark_point(filled=True, size=110, shape="diamond", color=FG, opacity=1)
     text = base.mark_text(color=MUTED, align="left", dx=9, dy=-18, fontSize=11).encode(text="text:N")
     chart = alt.layer(ticks, dots, text).properties(width=520, height=alt.Step(52))

@@ -6,6 +6,7 @@ import html
 import re
 import struct
 import zlib
+from functools import lru_cache
 from typing import Any
 
 from fa_research.compare.figures.base import Figure
@@ -16,26 +17,34 @@ _LABELLED = r'(<a href="#[^"]*">)<path aria-label="([^"]*)"([^>]*)/>'
 _PLACES = r' (?:transform|d|x2|y2|x|y|width|height)="[^"]*"'
 
 
-def spec(figure: Figure, background: str) -> dict[str, Any]:
+def spec(figure: Figure) -> dict[str, Any]:
     """The Vega-Lite specification with the theme. Altair's validation would take as long as the drawing."""
     chart: Any = figure.chart
     made: dict[str, Any] = chart.properties(title=figure.title).to_dict(validate=False)
-    return made | {"config": config() | {"background": background}}
+    return made | {"config": config()}
+
+
+@lru_cache(maxsize=1)  # a figure's PNG and SVG are made in succession, and drawing takes the longest
+def _drawn(figure: Figure) -> str:
+    import vl_convert
+
+    return str(vl_convert.vegalite_to_svg(spec(figure)))
 
 
 def png(figure: Figure) -> bytes:
     """On white, at twice the size of the page."""
     import vl_convert
 
-    return repacked(vl_convert.vegalite_to_png(spec(figure, "white"), scale=_PNG_SCALE))
+    white = re.sub(
+        r"(<svg[^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', _drawn(figure), count=1
+    )
+    return repacked(vl_convert.svg_to_png(white, scale=_PNG_SCALE))
 
 
 def svg(figure: Figure) -> str:
     """To be put into a page: colours are the page's variables, links lead within it, names are the figure's own, and
     every point has a tooltip."""
-    import vl_convert
-
-    text = vl_convert.vegalite_to_svg(spec(figure, "transparent"))
+    text = _drawn(figure)
     for color, variable in to_variables().items():
         text = re.sub(f'"{color}"', f'"{variable}"', text, flags=re.IGNORECASE)
     text = re.sub(r'xlink:href="[^"#]*#', 'href="#', text)
@@ -52,9 +61,9 @@ def svg(figure: Figure) -> str:
 
 
 def repacked(data: bytes) -> bytes:
-    """The same PNG with its pixels compressed as well as zlib can: vl-convert packs fast, not small."""
+    """The same PNG with its pixels compressed well: vl-convert packs fast, not small."""
     head, chunks = data[:8], list(_chunks(data))
-    pixels = zlib.compress(zlib.decompress(b"".join(body for kind, body in chunks if kind == b"IDAT")), 9)
+    pixels = zlib.compress(zlib.decompress(b"".join(body for kind, body in chunks if kind == b"IDAT")), 6)
     first = next(i for i, (kind, _) in enumerate(chunks) if kind == b"IDAT")
     kept = [(kind, body) for kind, body in chunks if kind != b"IDAT"]
     kept.insert(first, (b"IDAT", pixels))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fa_research.compare.cells import Entry
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.decision import axes
-from fa_research.compare.figures.base import Figure, Point, encodings, linked
+from fa_research.compare.figures.base import Figure, Point, chart_of, encodings, linked
 from fa_research.compare.figures.theme import palette
 from fa_research.compare.keys import title_of
 from fa_research.compare.wording import axis_title, quantity, words
@@ -127,7 +127,7 @@ def _panel(comparison: Comparison, points: list[Point], x_title: str, up: alt.Y)
     layers = []
     # A layer for each answer: a scale of fills or dashes would be merged into the legend of the points.
     for label, (tone, _, dashes) in palette(comparison.labels).items():
-        mine = alt.Chart(alt.Data(values=[p for p in points if p["label"] == label])).encode(x=along)
+        mine = chart_of([p for p in points if p["label"] == label]).encode(x=along)
         band = (
             mine.mark_area(opacity=0.18, color=tone)
             .encode(y=up, y2="high:Q")
@@ -136,7 +136,7 @@ def _panel(comparison: Comparison, points: list[Point], x_title: str, up: alt.Y)
         layers += [band, mine.mark_line(strokeWidth=1.8, color=tone, strokeDash=dashes).encode(y=up)]
     color, shape = encodings(comparison)
     # hollow, so that answers on top of each other can all be seen
-    dots = alt.Chart(alt.Data(values=points)).mark_point(filled=False, size=60, strokeWidth=1.8, opacity=1)
+    dots = chart_of(points).mark_point(filled=False, size=60, strokeWidth=1.8, opacity=1)
     dots = dots.encode(x=along, y=up, color=color, shape=shape, href="href:N", description="description:N")
     return alt.layer(*layers, dots)
 

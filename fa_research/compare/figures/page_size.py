@@ -5,7 +5,7 @@ from __future__ import annotations
 from fa_research.compare.cells import Cell, Entry
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.estimates import Estimate, ratio
-from fa_research.compare.figures.base import Figure, Point, encodings, linked
+from fa_research.compare.figures.base import Figure, Point, chart_of, encodings, linked
 from fa_research.compare.figures.theme import palette
 
 
@@ -21,7 +21,7 @@ def page_size_figure(comparison: Comparison) -> Figure | None:
     color = alt.value(palette(["all"])["all"][0]) if asked else encodings(comparison)[0]
     shape = alt.value("circle") if asked else encodings(comparison)[1]
     along = alt.X("x:Q").title("page size (slots)").scale(type="log", base=2, nice=False, padding=14)
-    base = alt.Chart(alt.Data(values=points)).encode(
+    base = chart_of(points).encode(
         x=along.axis(values=pages, grid=False),
         y=alt.Y("y:Q").title("from the best page size (%)"),
         color=color,

@@ -6,7 +6,7 @@ from typing import Any
 
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.decision import decision_map, winner
-from fa_research.compare.figures.base import MOST_CELLS, Figure, Point
+from fa_research.compare.figures.base import MOST_CELLS, Figure, Point, chart_of
 from fa_research.compare.figures.theme import FG, TIE, palette
 from fa_research.compare.keys import text_of, title_of
 from fa_research.compare.wording import axis_title, excess, outcome
@@ -30,7 +30,7 @@ def decision_figure(comparison: Comparison) -> Figure | None:
     colors = [look[label][0] if label in look else TIE for label in names]
     gap = alt.Scale(paddingInner=0.06, paddingOuter=0.03)
     down = axis_title(drawn.keys[0]) if len(drawn.keys) == 1 else None
-    base = alt.Chart(alt.Data(values=points)).encode(
+    base = chart_of(points).encode(
         x=alt.X("x:O")
         .sort([text_of(x) for x in drawn.xs])
         .title(axis_title(drawn.x))
@@ -76,4 +76,4 @@ def _place(comparison: Comparison, number: int) -> Point:
     elif second and not verdict.is_tie:
         by = f"by {excess(verdict.costs[second]).partition(' [')[0]}"
     said = f"{cell.title}: {outcome(comparison, cell, verdict)}"
-    return {"label": winner(verdict), "by": by, "href": f"#cell-{number}", "description": said}
+    return {"label": winner(verdict), "by": by, "href": f"#{comparison.anchor}-{number}", "description": said}

@@ -1,0 +1,130 @@
+"""What a page size gives and takes: requests that fit against the rate of tokens, waste and prefix hits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fa_research.compare.comparison import Comparison
+from fa_research.compare.figures.base import Figure, Point, chart_of, linked, look_of
+from fa_research.compare.figures.theme import FG, LIGHT, MUTED
+from fa_research.compare.wording import number
+
+if TYPE_CHECKING:
+    import altair as alt
+
+PAGE_SIZE = "kv.page_size"
+# What a trace leaves in a row, by words that its column has.
+_CAPACITY = ("capacity",)
+_SHARES = {"waste": "last-page waste (%)", "hit": "tokens found in the cache (%)"}
+
+
+def trace_figures(comparison: Comparison) -> list[Figure]:
+    """The Pareto front of page sizes, and what moves them on it; [] where no row replayed a trace."""
+    found = [_pareto(comparison), _shares(comparison)]
+    return [figure for figure in found if figure is not None]
+
+
+def _column(metrics: dict[str, Any], *needed: str) -> str | None:
+    """The shortest name of a trace's column that has all these words."""
+    names = [name for name in metrics if name.startswith("trace_") and all(word in name for word in needed)]
+    return min(names, key=len, default=None)
+
+
+def _capacity(metrics: dict[str, Any]) -> float | None:
+    name = _column(metrics, "capacity", "requests") or _column(metrics, *_CAPACITY)
+    value = None if name is None else metrics[name]
+    return float(value) if isinstance(value, int | float) and value > 0 else None
+
+
+def _rate(comparison: Comparison, metrics: dict[str, Any]) -> float | None:
+    value = metrics.get(f"{comparison.metric.removesuffix('_us')}_tokens_per_s")
+    return float(value) if isinstance(value, int | float) and value > 0 else None
+
+
+def _pareto(comparison: Comparison) -> Figure | None:
+    import altair as alt
+
+    points: list[Point] = []
+    for cell in comparison.cells:
+        for entry in cell.entries.values():
+            x, y = _capacity(entry.record.row.metrics), _rate(comparison, entry.record.row.metrics)
+            if x is not None and y is not None and entry.estimate is not None:
+                page = entry.record.config.get(PAGE_SIZE)
+                point = linked(comparison, cell, entry) | {"x": x, "y": y, "page": str(page)}
+                point["description"] += f": page size {page}, {number(x)} requests fit, {number(y)} tokens/s"
+                points.append(point)
+    if len(points) < 2:
+        return None
+    asked = comparison.question.name == PAGE_SIZE
+    color, shape = look_of(comparison.labels, comparison.question.title)
+    along = alt.X("x:Q").title("requests that fit").scale(zero=False, padding=24)
+    up = alt.Y("y:Q").title("tokens per second").scale(zero=False, padding=24)
+    line = chart_of(front(points)).mark_line(color=MUTED, strokeDash=[4, 3], interpolate="step-before")
+    base = chart_of(points).encode(x=along, y=up)
+    dots = base.mark_point(filled=True, size=80, opacity=1).encode(
+        color=color, shape=shape, href="href:N", description="description:N"
+    )
+    layers: list[Any] = [line.encode(x=along, y=up), dots]
+    if not asked:
+        layers.append(base.mark_text(color=FG, dy=-11, fontSize=11).encode(text="page:N"))
+    chart = alt.layer(*layers).properties(width=560, height=320)
+    caption = (
+        "Up and to the right is better; along the dashed line no other choice is better in both. Figures at the points "
+        "are page sizes."
+        if not asked
+        else "Up and to the right is better; along the dashed line no other choice is better in both."
+    )
+    return Figure("pareto", "Capacity and throughput of page sizes", caption, chart)
+
+
+def front(points: list[Point]) -> list[Point]:
+    """The points that no other beats in both, by x. Larger is better."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p["x"], -p["y"])):
+        if not kept or point["y"] > kept[-1]["y"]:
+            kept.append(point)
+    return kept[::-1]
+
+
+def _shares(comparison: Comparison) -> Figure | None:
+    """Waste and hits along the page size."""
+    import altair as alt
+
+    charts = []
+    for word, title in _SHARES.items():
+        points = _share_points(comparison, word)
+        if len({p["x"] for p in points}) > 1:
+            charts.append(_share_chart(points, title))
+    if not charts:
+        return None
+    chart = alt.concat(*charts, columns=2, spacing=64) if len(charts) > 1 else charts[0]
+    return Figure("trace", "What a page size wastes and finds", "Of the replayed trace.", chart)
+
+
+def _share_points(comparison: Comparison, word: str) -> list[Point]:
+    points: dict[tuple[Any, float], Point] = {}
+    for cell in comparison.cells:
+        for entry in cell.entries.values():
+            metrics, page = entry.record.row.metrics, entry.record.config.get(PAGE_SIZE)
+            name = _column(metrics, word, "fraction") or _column(metrics, word, "rate")
+            if name is None or not isinstance(metrics[name], int | float) or not isinstance(page, int):
+                continue
+            y = metrics[name] * 100
+            point = linked(comparison, cell, entry) | {"x": page, "y": y}
+            points[page, y] = point | {"description": f"page size {page}: {y:.3g} %"}
+    return list(points.values())
+
+
+def _share_chart(points: list[Point], title: str) -> alt.Chart:
+    import altair as alt
+
+    pages = sorted({p["x"] for p in points})
+    along = alt.X("x:Q").title("page size (slots)").scale(type="log", base=2, nice=False, padding=14)
+    base = chart_of(points)
+    dots = base.mark_point(filled=True, size=60, opacity=1, color=LIGHT[0]).encode(
+        x=along.axis(values=pages, grid=False),
+        y=alt.Y("y:Q").title(title).scale(zero=True),
+        href="href:N",
+        description="description:N",
+    )
+    return dots.properties(width=240, height=200)
