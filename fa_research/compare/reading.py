@@ -183,7 +183,8 @@ def _without_copies(records: Sequence[Record]) -> list[Record]:
     kept: dict[str, Record] = {}
     for record in records:
         row = record.row
-        text = repr((row.status, row.started, row.finished, row.config, row.metrics, row.reasons))
+        known = (row.config, row.metrics, row.reasons, row.environment)
+        text = repr((row.status, row.started, row.finished, *known))
         has_series = (record.path.parent / SERIES_FILE).exists()
         if text not in kept or (has_series and not (kept[text].path.parent / SERIES_FILE).exists()):
             kept[text] = record

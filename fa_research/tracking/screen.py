@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _PIPE_WIDTH = 160  # columns of a table that no terminal limits
 _QUALITY = ("bits_per_byte", "decode_bits_per_byte", "top1_agreement")
 _LATER = ("_bytes", "_pages", "oracle_bits_per_byte", "decode_top1_agreement", "perplexity", "scored_tokens")
+_DETAIL = re.compile(r"_ledger_|^ledger_|_(GB|TFLOP)_per_s$")  # for a report: no column of a sweep's table
 _STYLES = {Status.ok: "green", Status.unsupported: "dim", Status.suspect: "yellow"}
 
 
@@ -110,7 +111,8 @@ def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_m
         _print_one(rows[0])
     else:
         main = _main_metrics(rows)
-        table, shown = _fitting(rows, metrics or main[:max_metrics])
+        columns = [name for name in main if not _DETAIL.search(name)]
+        table, shown = _fitting(rows, metrics or columns[:max_metrics])
         CONSOLE.print(table)
         if more := [name for name in main if name not in shown]:
             CONSOLE.print(Text(f"also in the rows: {', '.join(more)}"))
