@@ -29,7 +29,7 @@ from fa_research.kv_cache import CachedRequest
 from fa_research.masks import Causal, Chunked, Mask
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import AttentionSpec
-from tests.engine.lab import FA2, FA3, PADDED, TRITON, Lab, MakeBackend, Place, decode, places, prompts_of
+from tests.engine.lab import FA3, GPU, PADDED, Lab, MakeBackend, Place, decode, places, prompts_of
 from tests.helpers import age, assert_accurate, make_cache
 
 PAGE_SIZE = 16
@@ -115,7 +115,7 @@ class StackLab:
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 128])
-@pytest.mark.parametrize("place", places(PADDED, FA3, FA2, TRITON))
+@pytest.mark.parametrize("place", places(PADDED, *GPU))
 def test_known_failure_2_graph_equals_eager_beyond_the_chunk(place: Place, page_size: int) -> None:
     on_gpu = place.device == "cuda"
     chunk = 128 if on_gpu or page_size == 128 else 16
@@ -155,7 +155,7 @@ def across_lengths(lab: StackLab, sizes: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("heads", [(8, 2), (8, 8)])
-@pytest.mark.parametrize("place", places(PADDED, FA3, FA2, TRITON))
+@pytest.mark.parametrize("place", places(PADDED, *GPU))
 def test_known_failure_4_replay_across_changing_splits(place: Place, heads: tuple[int, int]) -> None:
     across_lengths(StackLab(place, max(LENS[place.device]) + 1, 4, heads=heads), (1, 4))
 
@@ -215,7 +215,7 @@ def test_known_failure_5_scheduler_metadata_fits_every_captured_batch_size(heads
 # 16: captured short, replayed at more than 128k tokens
 
 
-@pytest.mark.parametrize("place", places(PADDED, FA3, FA2, TRITON))
+@pytest.mark.parametrize("place", places(PADDED, *GPU))
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_known_failure_16_captured_short_replayed_at_the_longest(place: Place, page_size: int) -> None:
     longest = 131072 + 200 if place.device == "cuda" else 3000

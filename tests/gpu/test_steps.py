@@ -11,7 +11,7 @@ from fa_research.config import GraphMode
 from fa_research.engine.decode import DecodeRunner
 from fa_research.masks import Chunked
 from tests.caches import no_synchronisation
-from tests.engine.lab import FA2, FA3, PADDED, TRITON, TRITON_EAGER, Lab, Place, places, prompts_of
+from tests.engine.lab import FA2, FA3, GPU, PADDED, TRITON, TRITON_EAGER, Lab, Place, places, prompts_of
 
 STEPS = {"cpu": 60, "cuda": 1000}
 
@@ -53,7 +53,7 @@ def test_a_thousand_steps_allocate_no_device_memory(place: Place) -> None:
 
 
 @pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize("place", places(PADDED, FA3, FA2, TRITON, TRITON_EAGER))
+@pytest.mark.parametrize("place", places(PADDED, *GPU, TRITON_EAGER))
 def test_no_step_waits_for_the_device(place: Place, sink: bool) -> None:
     """Graph replays, pages on the way, chunks and sinks rewritten or native; tokens are read once it is over."""
     lab, decoder = started(place, STEPS["cpu"], reserved=False, sink=sink)
@@ -68,7 +68,7 @@ def test_no_step_waits_for_the_device(place: Place, sink: bool) -> None:
     lab.cache.check()
 
 
-@pytest.mark.parametrize("place", places(PADDED, FA3, FA2, TRITON))
+@pytest.mark.parametrize("place", places(PADDED, *GPU))
 def test_no_extend_pass_waits_for_the_device(place: Place) -> None:
     """Allocation, batch, metadata, chunks and the model, with a cached prefix and without."""
     lab = Lab(place, max_context_len=700, mask=Chunked(128), max_requests=6)
