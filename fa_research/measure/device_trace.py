@@ -5,7 +5,9 @@ delimiters, tiny kernels of a name that nothing else has, so that no clock of th
 
 from __future__ import annotations
 
+import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -62,17 +64,23 @@ def delimit() -> None:
 
 def trace(run: Callable[[], object]) -> list[Kernel]:
     """The device's activity while `run` ran, by start. Raises TraceError where the profiler cannot start."""
+    # Kineto would otherwise detach CUPTI after each trace and attach it again, which breaks graphs captured before
+    # (pytorch/pytorch#75504).
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
     profiler = profile(activities=[ProfilerActivity.CUDA])
     torch.cuda.synchronize()
     try:
-        profiler.start()
+        with _no_warnings():
+            profiler.start()
     except RuntimeError as error:
         raise TraceError(f"torch.profiler does not start ({error})") from error
     try:
         run()
         torch.cuda.synchronize()
     finally:
-        profiler.stop()
+        with _no_warnings():
+            profiler.stop()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     kernels = [
         Kernel(event.name(), event.start_ns() / 1e3, (event.start_ns() + event.duration_ns()) / 1e3)
@@ -80,6 +88,11 @@ def trace(run: Callable[[], object]) -> list[Kernel]:
         if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
     ]
     return sorted(kernels, key=lambda kernel: kernel.start_us)
+
+
+def _no_warnings() -> warnings.catch_warnings:
+    """Those of the profiler differ between versions and are nothing for whoever measures."""
+    return warnings.catch_warnings(action="ignore")
 
 
 def segments(kernels: Sequence[Kernel], expected: int) -> list[Segment]:
