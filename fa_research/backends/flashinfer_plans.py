@@ -62,7 +62,7 @@ def _make_rows(metadata: FlashAttentionMetadata) -> PagedRows:
 def _buffers(batch_size: int, num_pages: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     with torch.inference_mode(False):  # passes in that mode write to them, and passes outside
         indptr_B1, indices, last_page_len_B = (
-            torch.zeros(n, dtype=torch.int32, device=device) for n in (batch_size + 1, num_pages, batch_size)
+            torch.empty(n, dtype=torch.int32, device=device) for n in (batch_size + 1, num_pages, batch_size)
         )
     return indptr_B1, indices, last_page_len_B
 
