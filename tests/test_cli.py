@@ -195,6 +195,24 @@ def test_a_sweep_has_a_row_for_every_cell_whatever_became_of_it(tmp_path: Path) 
     assert "context_len" not in table.splitlines()[0]
 
 
+def test_a_sweep_over_what_cells_are_timed_against(tmp_path: Path) -> None:
+    """Typed as overrides are, each cell with a second engine of its own; a mistake in one is that cell's."""
+    lists = "[kv.page_size=4],[kv.page_size=4,kv.churn=false],[kv.pagesize=4]"
+    done = run_py("-m", *SMALL, "device=cpu", f"measure.against={lists}", cwd=tmp_path)
+    (sweep,) = (tmp_path / "outputs" / "default").iterdir()
+    rows = read_rows(sweep / ROWS_FILE)
+    assert [row.status for row in rows] == [Status.ok, Status.ok, Status.error], done.stderr
+    assert [row.metrics.get("against") for row in rows] == [
+        "kv.page_size=4",
+        "kv.page_size=4, kv.churn=false",
+        None,
+    ]
+    assert all(len(row.samples["decode_step_against_us"]) == 30 for row in rows[:2])
+    assert "did you mean kv.page_size?" in rows[2].reasons[0]
+    line = one_error_line(run_py(*SMALL, "measure.against=[device=cuda]", cwd=tmp_path))
+    assert "measure.against=['device=cuda']: device is of the run" in line
+
+
 def test_a_sweep_of_cells_that_ran_or_were_refused_by_the_machine_succeeds(tmp_path: Path) -> None:
     done = run_py("-m", *SMALL, "device=cpu", "backend=torch,fa3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,8 @@ from fa_research.config import (
     KVConfig,
     Level,
     MaskConfig,
+    MeasureConfig,
+    TimerKind,
     TrackingConfig,
     TrackingMode,
     config_hash,
@@ -181,6 +183,7 @@ REFUSED: list[tuple[dict[str, Any], str, Status]] = [
     ({"backend": "nonesuch"}, "backend.name=nonesuch is unknown", Status.error),
     ({"backend": "fa3"}, "backend=fa3 is not available here", Status.unsupported),
     ({"cuda_graph": CudaGraphConfig(GraphMode.on)}, "cuda_graph.mode=on needs a CUDA device", Status.error),
+    ({"measure": MeasureConfig(timer=TimerKind.cupti)}, "measure.timer=cupti: .*on cpu", Status.error),
 ]  # fmt: skip
 
 
