@@ -73,7 +73,9 @@ def test_every_workload_gives_a_row(name: str, level: Level, tmp_path: Path) -> 
     assert row.environment["lowering"] == [{"kind": "native", "rewrites": []}]
     assert row.started <= row.finished
     series = [json.loads(line) for line in (tmp_path / SERIES_FILE).read_text().splitlines()]
-    assert {f"series/{unit}" for unit in ("decode_step_us", "extend_pass_us")} & {s["name"] for s in series}
+    assert {f"series/{unit}" for unit in ("decode_step_us", "extend_pass_us", "prefill_us")} & {
+        s["name"] for s in series
+    }
     columns = {
         name.removesuffix("_count"): count for name, count in row.metrics.items() if name.endswith("_count")
     }

@@ -10,8 +10,9 @@ Legend: T query tokens, H query heads, K KV heads, D head dim, V value head dim,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +33,8 @@ class BackendSettings:
     """What a backend is made for. `dtype` is that of queries, new keys and values; `kv_dtype` that of the cache (None:
     the same); lengths are in tokens.
     `num_splits` 0 leaves the split of the keys to the kernel; `deterministic` asks that a request's result be
-    bitwise independent of its neighbours; `options` are the backend's own."""
+    bitwise independent of its neighbours; `metadata_per_layer` that each layer has metadata and plans made for it
+    alone; `options` are the backend's own."""
 
     device: torch.device
     dtype: torch.dtype
@@ -42,6 +44,7 @@ class BackendSettings:
     kv_dtype: torch.dtype | None = None
     num_splits: int = 0
     deterministic: bool = False
+    metadata_per_layer: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -70,6 +73,8 @@ class AttentionBackend(ABC):
         self.lowerings: tuple[Lowering, ...] = tuple(self.lower(spec) for spec in specs)
         self._plan_phase = HOST_PLAN if self.capabilities.host_planning else METADATA
         self.forward_metadata: FlashAttentionMetadata | None = None
+        self._renew: Callable[[], object] | None = None  # makes the metadata of the pass at hand once more
+        self._unread = False  # whether it was made and no layer has read it
         self._chunked: dict[int, FlashAttentionMetadata] = {}
 
     # What a backend writes.
@@ -147,6 +152,7 @@ class AttentionBackend(ABC):
             batch.batch_size, batch.max_seq_len_k, page_size, req_to_token_RW.device
         )
         fill_metadata(metadata, batch, req_to_token_RW, page_size)
+        self._renew = partial(self.init_forward_metadata, batch, req_to_token_RW)
         return self._set(metadata, batch)
 
     def init_cuda_graph_state(self, max_batch_size: int, max_seq_len_k: int) -> CudaGraphState:
@@ -164,6 +170,7 @@ class AttentionBackend(ABC):
         that every replay fills and plans anew on the device."""
         metadata = state.of_batch(batch.batch_size)
         fill_metadata(metadata, batch, req_to_token_RW, self.settings.page_size)
+        self._renew = partial(self.init_forward_metadata_capture_cuda_graph, batch, req_to_token_RW, state)
         return self._set(metadata, batch, state)
 
     def init_forward_metadata_replay_cuda_graph(
@@ -184,7 +191,11 @@ class AttentionBackend(ABC):
         sinks_H: Tensor | None,
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """One layer's attention with the metadata of this pass."""
+        """One layer's attention with the metadata of this pass, or, with `settings.metadata_per_layer`, with metadata
+        made by the same call anew: for every kind of layer, as a pass makes them."""
+        if self.settings.metadata_per_layer and not self._unread and self._renew is not None:
+            self._renew()
+        self._unread = False
         metadata = self._chunked[lowering.chunk] if lowering.chunk else self.forward_metadata
         assert metadata is not None, "init_forward_metadata comes first"
         run = self.forward_decode if batch.mode is ForwardMode.DECODE else self.forward_extend
@@ -203,7 +214,7 @@ class AttentionBackend(ABC):
     def _set(
         self, metadata: FlashAttentionMetadata, batch: ForwardBatch, state: CudaGraphState | None = None
     ) -> FlashAttentionMetadata:
-        self.forward_metadata = metadata
+        self.forward_metadata, self._unread = metadata, True
         chunks = {lowering.chunk for lowering in self.lowerings if lowering.chunk}
         self._chunked = {chunk: chunk_metadata(metadata, batch, chunk) for chunk in chunks}
         if state is not None:

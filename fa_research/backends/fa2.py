@@ -36,7 +36,7 @@ class FA2Backend(FlashAttnBackend):
             dtypes=frozenset({"float16", "bfloat16"}),
             mask_features=frozenset({"causal", "full", "window"}),
             head_dims=frozenset({64, 96, 128, 192, 256}),  # those that the packages compile kernels for
-            page_size_multiple=self._kernels.page_size_multiple[self.version],
+            page_size_multiple=self.page_size_multiple,
             softcap=True,
             returns_lse=True,
         )

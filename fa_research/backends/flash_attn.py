@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fa_research.attention import gather
 from fa_research.attention.lowering import Lowering
 from fa_research.attention.merge import apply_sinks
 from fa_research.backends.base import AttentionBackend, BackendSettings
@@ -27,12 +28,14 @@ class FlashAttnBackend(AttentionBackend):
 
     takes_provider = True
     combine_kernels = ("combine", "Combine")
+    option_names = frozenset({gather.OPTION})
     version: ClassVar[int]
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
         provider, reasons = resolve(self.version, settings.provider)
         assert provider is not None, reasons
         self._kernels: Provider = provider(self.version)
+        self._gathers = gather.asked(settings.options)
         super().__init__(settings, specs)
 
     @classmethod
@@ -58,6 +61,11 @@ class FlashAttnBackend(AttentionBackend):
             reasons += (
                 f"backend.num_splits={s.num_splits}: backend.deterministic=true takes one split; use 0",
             )
+        if self._gathers and not self._kernels.gathers:
+            reasons += (
+                f"backend.options.{gather.OPTION}=true: {self.provider} is called with a page table alone; "
+                "backend.provider=vllm.vllm_flash_attn takes packed keys too",
+            )
         return replace(lowering, reasons=lowering.reasons + reasons)
 
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
@@ -65,6 +73,7 @@ class FlashAttnBackend(AttentionBackend):
         band = _band(spec)
         metadata.plans[spec] = self._kernels.schedule(
             metadata,
+            None if self._gathers else metadata.page_size,
             num_heads_q=spec.num_heads,
             num_heads_kv=spec.num_kv_heads,
             headdim=spec.head_dim,
@@ -80,6 +89,11 @@ class FlashAttnBackend(AttentionBackend):
         if not self._kernels.takes_out or kwargs.get("sinks_H") is not None:
             return super().attend_into(out_THV, *args, **kwargs)
         return self.attend(*args, **kwargs, out_THV=out_THV)[1]
+
+    @property
+    def page_size_multiple(self) -> int:
+        """Pages that are gathered may be of any size."""
+        return 1 if self._gathers else self._kernels.page_size_multiple[self.version]
 
     @property
     def _num_splits(self) -> int:
@@ -115,10 +129,13 @@ class FlashAttnBackend(AttentionBackend):
             num_splits=self._num_splits,
             return_lse=return_lse,
             out=out_THV,
+            gathered=self._gathers,
         )
-        k_PSKD = k_cache_NKD.unflatten(0, (-1, metadata.page_size))
-        v_PSKV = v_cache_NKV.unflatten(0, (-1, metadata.page_size))
-        return self._kernels.call(q_THD, k_PSKD, v_PSKV, metadata, args, metadata.plans.get(spec), sinks_H)
+        if self._gathers:
+            k, v = gather.packed(k_cache_NKD, v_cache_NKV, metadata)
+        else:
+            k, v = (cache.unflatten(0, (-1, metadata.page_size)) for cache in (k_cache_NKD, v_cache_NKV))
+        return self._kernels.call(q_THD, k, v, metadata, args, metadata.plans.get(spec), sinks_H)
 
 
 def _band(spec: AttentionSpec) -> Band:

@@ -7,78 +7,16 @@ Legend: T query tokens, B requests, B1 = B + 1, P pages, S slots in a page, H qu
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fa_research.backends.flash_attn_provider import KernelArguments, Provider
 from fa_research.metadata import FlashAttentionMetadata
 
-
-@dataclass(frozen=True, slots=True)
-class KernelArguments:
-    """One call's numbers: window is (left, right) with -1 for none; chunk and softcap 0 for none."""
-
-    scale: float
-    causal: bool
-    window: tuple[int, int]
-    chunk: int
-    softcap: float
-    num_splits: int
-    return_lse: bool
-    out: Tensor | None = None  # where the output goes, for a provider that takes it
-
-
-class Provider:
-    """One package. `version` is the flash-attention generation it is asked for (2 or 3)."""
-
-    module: ClassVar[str]
-    versions: ClassVar[frozenset[int]]
-    sinks: ClassVar[frozenset[torch.dtype]] = frozenset()  # dtypes for which the kernel takes sinks
-    chunk: ClassVar[bool] = False
-    takes_out: ClassVar[bool] = False
-    page_size_multiple: ClassVar[dict[int, int]] = {2: 256, 3: 1}
-
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self._module = self._load()
-
-    @classmethod
-    def missing(cls, version: int) -> str | None:
-        """Why this package cannot provide generation `version` here, or None. Tries the import."""
-        if version not in cls.versions:
-            return f"{cls.module} has no FA{version}"
-        try:
-            cls(version)
-        except Exception as error:  # a broken binary raises ImportError, OSError, RuntimeError or worse
-            return f"{cls.module}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        return None
-
-    def _load(self) -> Any:
-        return importlib.import_module(self.module)
-
-    def split_reasons(self, num_splits: int, deterministic: bool) -> tuple[str, ...]:
-        """Why `backend.num_splits` or `backend.deterministic` cannot be had from this package; empty if they can."""
-        return ()
-
-    def schedule(self, metadata: FlashAttentionMetadata, **shape: Any) -> Tensor | None:
-        """FA3's tile scheduler metadata for this pass, or None where the package takes none."""
-        return None
-
-    def call(
-        self,
-        q_THD: Tensor,
-        k_PSKD: Tensor,
-        v_PSKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        args: KernelArguments,
-        schedule: Tensor | None,
-        sinks_H: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(output [T, H, V], LSE [T, H] or None)."""
-        raise NotImplementedError
+__all__ = ["PROVIDERS", "KernelArguments", "Provider", "resolve"]
 
 
 class _WithKVCache(Provider):
@@ -143,6 +81,7 @@ class FlashAttn(Provider):
 
     module = "flash_attn"
     versions = frozenset({2})
+    gathers = True
 
     def split_reasons(self, num_splits: int, deterministic: bool) -> tuple[str, ...]:
         reasons = []
@@ -172,7 +111,7 @@ class FlashAttn(Provider):
             window_size=args.window,
             softcap=args.softcap,
             return_attn_probs=args.return_lse,
-            block_table=metadata.page_table_BP,
+            block_table=None if args.gathered else metadata.page_table_BP,
         )
         return (result[0], result[1].transpose(0, 1)) if args.return_lse else (result, None)
 
@@ -184,6 +123,7 @@ class VLLM(Provider):
     versions = frozenset({2, 3})
     sinks = frozenset({torch.bfloat16})
     takes_out = True
+    gathers = True
     page_size_multiple = {2: 16, 3: 1}
 
     def _load(self) -> Any:
@@ -197,7 +137,9 @@ class VLLM(Provider):
             return (f"backend.num_splits={num_splits}: FA2 of {self.module} takes 0 (its own choice) or 1",)
         return ()
 
-    def schedule(self, metadata: FlashAttentionMetadata, **shape: Any) -> Tensor | None:
+    def schedule(
+        self, metadata: FlashAttentionMetadata, page_size: int | None, **shape: Any
+    ) -> Tensor | None:
         if self.version != 3:
             return None
         result: Tensor = self._module.get_scheduler_metadata(
@@ -206,7 +148,7 @@ class VLLM(Provider):
             max_seqlen_k=metadata.max_seq_len_k,
             cache_seqlens=metadata.cache_seqlens_int32_B,
             cu_seqlens_q=metadata.cu_seqlens_q_B1,
-            page_size=metadata.page_size,
+            page_size=page_size,
             **shape,
         )
         return result
@@ -219,12 +161,13 @@ class VLLM(Provider):
             max_seqlen_q=metadata.max_seq_len_q,
             cu_seqlens_q=metadata.cu_seqlens_q_B1,
             max_seqlen_k=metadata.max_seq_len_k,
-            seqused_k=metadata.cache_seqlens_int32_B,
+            seqused_k=None if args.gathered else metadata.cache_seqlens_int32_B,
+            cu_seqlens_k=metadata.cu_seqlens_k_B1 if args.gathered else None,
             softmax_scale=args.scale,
             causal=args.causal,
             window_size=list(args.window),
             softcap=args.softcap,
-            block_table=metadata.page_table_BP,
+            block_table=None if args.gathered else metadata.page_table_BP,
             return_softmax_lse=args.return_lse,
             scheduler_metadata=schedule,
             num_splits=args.num_splits,

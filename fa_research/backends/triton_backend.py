@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fa_research.attention import gather
+from fa_research.attention.lowering import Lowering
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import AttentionSpec, Capabilities
@@ -19,6 +22,11 @@ class TritonBackend(AttentionBackend):
 
     name = "triton"
     combine_kernels = ("_combine_kernel",)
+    option_names = frozenset({gather.OPTION})
+
+    def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
+        self._gathers = gather.asked(settings.options)
+        super().__init__(settings, specs)
 
     @classmethod
     def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
@@ -52,6 +60,10 @@ class TritonBackend(AttentionBackend):
             returns_lse=True,
         )
 
+    def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
+        if self._gathers and gather.OPTION not in metadata.plans:
+            metadata.plans[gather.OPTION] = gather.plan_rows(metadata)
+
     def attend(
         self,
         q_THD: Tensor,
@@ -75,6 +87,15 @@ class TritonBackend(AttentionBackend):
         run = self._extend if self.settings.deterministic else self.attend
         return run(*args, **kwargs)
 
+    def _keys(
+        self, k_cache_NKD: Tensor, v_cache_NKV: Tensor, metadata: FlashAttentionMetadata
+    ) -> tuple[Tensor, Tensor, FlashAttentionMetadata]:
+        """Where the kernels find keys and values: in the pages, or, gathered, in one long page a request."""
+        if not self._gathers:
+            return k_cache_NKD, v_cache_NKV, metadata
+        rows: FlashAttentionMetadata = metadata.plans[gather.OPTION]
+        return *gather.in_rows(k_cache_NKD, v_cache_NKV, metadata, rows), rows
+
     def _decode(
         self,
         q_THD: Tensor,
@@ -86,6 +107,7 @@ class TritonBackend(AttentionBackend):
     ) -> tuple[Tensor, Tensor | None]:
         from fa_research.kernels.paged_decode import paged_decode
 
+        k_cache_NKD, v_cache_NKV, metadata = self._keys(k_cache_NKD, v_cache_NKV, metadata)
         return paged_decode(
             q_THD,
             k_cache_NKD,
@@ -110,6 +132,7 @@ class TritonBackend(AttentionBackend):
     ) -> tuple[Tensor, Tensor | None]:
         from fa_research.kernels.paged_extend import paged_extend
 
+        k_cache_NKD, v_cache_NKV, metadata = self._keys(k_cache_NKD, v_cache_NKV, metadata)
         band = spec.mask.band()
         return paged_extend(
             q_THD,

@@ -35,6 +35,11 @@ class L2State(Choice):
     warm = "warm"
 
 
+class MetadataReuse(Choice):
+    shared = "shared"  # built once per pass, for all layers
+    per_layer = "per_layer"  # built anew by every layer, as engines do that share none
+
+
 class TimerKind(Choice):
     events = "events"  # CUDA events around a pass, or around a captured graph
     cupti = "cupti"  # the durations of the kernels themselves, as CUPTI records them
@@ -53,6 +58,7 @@ class BackendConfig:
     provider: str | None = None  # pins one package that offers the kernels; None: the first one installed
     num_splits: int = 0  # KV splits of decode; 0: chosen by the backend
     deterministic: bool = False  # bitwise the same result for a request alone and in a batch
+    metadata: MetadataReuse = MetadataReuse.shared
     options: dict[str, Any] = field(default_factory=dict)  # whatever one backend alone understands
 
 
@@ -107,6 +113,7 @@ class ExtendWorkload(WorkloadConfig):
     batch_size: int = 4
     new_len: int = 512
     prefix_len: int = 0
+    chunk_size: int | None = None  # new tokens of a request per pass; None: all in one
 
 
 @dataclass(slots=True)

@@ -48,5 +48,7 @@ def register() -> None:
     for name, schema in schemas.WORKLOADS.items():
         store.store(group="schema/workload", name=name, node=schema)
     OmegaConf.register_new_resolver("fa.config_hash", lambda *, _root_: config_hash(_root_), replace=True)
+    # As in `new_len: ${fa.minus:32768,${workload.prefix_len}}`: what is left where another key is swept.
+    OmegaConf.register_new_resolver("fa.minus", lambda a, b: int(a) - int(b), replace=True)
     # Cached with the composed config, so every use within one run agrees and no two compositions do.
     OmegaConf.register_new_resolver("fa.nonce", lambda: secrets.token_hex(3), use_cache=True, replace=True)

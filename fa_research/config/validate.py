@@ -128,6 +128,7 @@ def _workload(workload: WorkloadConfig, model: ModelConfig) -> Iterator[str]:
         case ExtendWorkload():
             yield from _sizes(workload, "batch_size new_len")
             yield from at_least("workload.prefix_len", workload.prefix_len, 0)
+            yield from at_least("workload.chunk_size", workload.chunk_size, 1)
             yield from _fits(workload, model, "prefix_len new_len")
         case MixedWorkload():
             yield from _sizes(workload, "extend_requests new_len decode_requests context_len")

@@ -59,12 +59,19 @@ class GraphSet:
 
 
 def resolve_graph_mode(
-    config: CudaGraphConfig, device: torch.device, can: Capabilities, backend: str
+    config: CudaGraphConfig,
+    device: torch.device,
+    can: Capabilities,
+    backend: str,
+    *,
+    metadata_per_layer: bool = False,
 ) -> GraphMode:
     """What `cuda_graph.mode` comes to on this device with this backend. `auto` captures where it can; an
-    explicit `on` that cannot be raises ConfigError."""
+    explicit `on` that cannot be raises ConfigError. With `metadata_per_layer`, plans of the host cannot be captured:
+    a graph has no place between two layers for them."""
     mode = config.mode
-    capturable = can.cuda_graph is not GraphSupport.NEVER
+    plans_between_layers = can.host_planning and metadata_per_layer
+    capturable = can.cuda_graph is not GraphSupport.NEVER and not plans_between_layers
     if mode is GraphMode.auto:
         if device.type != "cuda":
             return GraphMode.simulate
@@ -72,6 +79,11 @@ def resolve_graph_mode(
     if mode is GraphMode.on and device.type != "cuda":
         raise ConfigError(
             f"cuda_graph.mode=on needs a CUDA device, this run is on {device.type}; use cuda_graph.mode=simulate or off"
+        )
+    if mode is GraphMode.on and plans_between_layers:
+        raise ConfigError(
+            f"cuda_graph.mode=on: backend={backend} plans on the host, which a graph cannot repeat before every layer "
+            "(backend.metadata=per_layer); use cuda_graph.mode=off or backend.metadata=shared"
         )
     if mode is GraphMode.on and not capturable:
         raise ConfigError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fa_research.backends import AttentionBackend, BackendSettings, choose, create
-from fa_research.config import Config, Device, Dtype, GraphMode, Level, RopeType
+from fa_research.config import Config, Device, Dtype, GraphMode, Level, MetadataReuse, RopeType
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.cuda_graph import resolve_graph_mode
 from fa_research.engine.decode import DecodeRunner
@@ -133,6 +133,7 @@ def create_backend(
         kv_dtype=kv_dtype_of(config, dtype, device),
         num_splits=config.backend.num_splits,
         deterministic=config.backend.deterministic,
+        metadata_per_layer=config.backend.metadata is MetadataReuse.per_layer,
         options=config.backend.options,
     )
     name = config.backend.name
@@ -208,7 +209,10 @@ def build_engine(
     notes: list[str] = []
     dtype = resolve_dtype(config.model.dtype, device)
     backend = create_backend(config, specs, device, dtype, notes)
-    graph_mode = resolve_graph_mode(config.cuda_graph, device, backend.capabilities, backend.name)
+    per_layer = backend.settings.metadata_per_layer
+    graph_mode = resolve_graph_mode(
+        config.cuda_graph, device, backend.capabilities, backend.name, metadata_per_layer=per_layer
+    )
     notes += rope_notes(config, needs)
     model = make_model(device, dtype)
     cache = create_cache(config, needs, specs, device, dtype)

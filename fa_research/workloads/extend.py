@@ -1,4 +1,5 @@
-"""`workload=extend` and `workload=mixed`: one ragged pass in which requests gain new tokens over a cached prefix."""
+"""`workload=extend` and `workload=mixed`: one ragged pass in which requests gain new tokens over a cached prefix; with
+`workload.chunk_size`, as many passes as that takes (chunked prefill)."""
 
 from __future__ import annotations
 
@@ -22,15 +23,20 @@ from fa_research.workloads.base import (
 
 
 class _RaggedPass(Workload):
-    """The pass is the same every time: its tokens take the same slots, so nothing grows while it is timed."""
+    """The passes are the same every time: their tokens take the same slots, so nothing grows while they are timed."""
 
     @abstractmethod
     def _lens(self) -> list[tuple[int, int]]:
         """(tokens in the cache, new tokens) of each request."""
 
+    def _chunk_size(self) -> int | None:
+        """New tokens of a request in one pass; None: all."""
+        return None
+
     def needs(self) -> Needs:
         lens = self._lens()
-        return Needs(tuple(prefix + new for prefix, new in lens), sum(new for _, new in lens))
+        chunk = self._chunk_size() or max(new for _, new in lens)
+        return Needs(tuple(prefix + new for prefix, new in lens), sum(min(new, chunk) for _, new in lens))
 
     def prepare(self, engine: Engine) -> None:
         self.engine = engine
@@ -39,13 +45,21 @@ class _RaggedPass(Workload):
         vocab_size = self.config.model.vocab_size
         self.tokens = [random_tokens(new, vocab_size, generator) for _, new in self._lens()]
         fill_context(engine, self.config.seed)
-        self._batch = engine.runner.prepare_extend(self.requests, self.tokens)
+        chunk = self._chunk_size() or max(map(len, self.tokens))
+        self._batches = [
+            engine.runner.prepare_extend(self.requests, [tokens[at : at + chunk] for tokens in self.tokens])
+            for at in range(0, max(map(len, self.tokens)), chunk)
+        ]
 
     def units(self) -> list[Unit]:
-        return [Unit("extend_pass", self._run, self._batch.num_tokens, self.config.measure.repeats)]
+        # One name for all chunk sizes, that of text's chunked prefill: also for a chunk that holds everything.
+        name = "extend_pass" if self._chunk_size() is None else "prefill"
+        return [Unit(name, self._run, sum(map(len, self.tokens)), self.config.measure.repeats)]
 
     def _run(self) -> Tensor | None:
-        return self.engine.runner.extend_pass(self._batch)
+        for batch in self._batches:
+            logits = self.engine.runner.extend_pass(batch)
+        return logits
 
     def checked_passes(self) -> tuple[list[Pass], list[Case]]:
         logits = self._run()
@@ -59,21 +73,26 @@ class _RaggedPass(Workload):
         return [self.current_pass()], cases
 
     def current_pass(self) -> Pass:
-        extend_lens = [new for _, new in self._lens()]
+        last = self._batches[-1]
         rows, lens = [r.row for r in self.requests], [r.seq_len for r in self.requests]
-        return Pass(rows, lens, extend_lens, self._batch.num_tokens, self._batch.mode)
+        return Pass(rows, lens, list(last.extend_seq_lens_cpu), last.num_tokens, last.mode)
 
     def batch(self) -> ForwardBatch:
-        return self._batch
+        return self._batches[-1]
 
 
 class Extend(_RaggedPass):
-    """`new_len` new tokens each over `prefix_len` cached ones."""
+    """`new_len` new tokens each over `prefix_len` cached ones, `chunk_size` of them at a time. The oracle repeats all of
+    the new tokens in one pass; at `level=attention` it looks at the last chunk."""
 
     name = "extend"
 
     def _lens(self) -> list[tuple[int, int]]:
         return [(self.options.prefix_len, self.options.new_len)] * int(self.options.batch_size)
+
+    def _chunk_size(self) -> int | None:
+        size: int | None = self.options.chunk_size
+        return size
 
 
 class Mixed(_RaggedPass):

@@ -38,6 +38,7 @@ from fa_research.workloads import Workload
 WORKLOADS: dict[str, WorkloadConfig] = {
     "decode": DecodeWorkload(batch_size=3, context_len=21, steps=4, length_spread=0.5),
     "extend": ExtendWorkload(batch_size=3, new_len=9, prefix_len=5),
+    "extend-chunks": ExtendWorkload(batch_size=3, new_len=17, prefix_len=5, chunk_size=7),
     "extend-cold": ExtendWorkload(batch_size=2, new_len=19),
     "mixed": MixedWorkload(
         extend_requests=2, new_len=9, prefix_len=3, decode_requests=3, context_len=21

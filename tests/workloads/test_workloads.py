@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fa_research import workloads
-from fa_research.batch import ForwardMode
-from fa_research.config import DecodeWorkload, KVConfig, Level, MaskConfig, MeasureConfig
+from fa_research.batch import ForwardBatch, ForwardMode
+from fa_research.config import DecodeWorkload, ExtendWorkload, KVConfig, Level, MaskConfig, MeasureConfig
 from fa_research.errors import ConfigError, KVCacheFull, Refusal
 from fa_research.measure.cell import check
 from fa_research.workloads.base import Pass, pick
@@ -90,7 +90,10 @@ def test_the_pass_and_the_batch_say_what_ran(name: str, level: Level) -> None:
     assert batch.max_seq_len_k >= max(done.seq_lens)
     assert sum(done.extend_lens) == batch.num_tokens <= done.num_tokens
     assert done.num_tokens <= max(workload.needs().tokens_per_pass, 4)
-    assert workload.units()[-1].tokens == sum(done.extend_lens)
+    new = (
+        3 * 17 if name == "extend-chunks" else sum(done.extend_lens)
+    )  # of all chunks; the rest is of the last
+    assert workload.units()[-1].tokens == new
     positions = [p for n, new in zip(done.seq_lens, done.extend_lens, strict=True) for p in range(n - new, n)]
     rows = [row for row, new in zip(done.rows, done.extend_lens, strict=True) for _ in range(new)]
     assert batch.positions_T.tolist() == positions
@@ -190,6 +193,37 @@ def test_an_extend_pass_repeats_itself(name: str) -> None:
     for _ in range(3):
         torch.testing.assert_close(unit.run(), first, rtol=0, atol=0)
     assert engine.cache.allocator.pages_used == used
+
+
+@EACH_LEVEL
+def test_chunks_of_an_extend_are_passes_over_what_came_before(level: Level) -> None:
+    workload, engine = prepared(cell("extend-chunks", level))
+    seen: list[tuple[list[int], list[int]]] = []
+    extend_pass = engine.runner.extend_pass
+
+    def watch(batch: ForwardBatch) -> torch.Tensor | None:
+        seen.append((batch.positions_T.tolist(), batch.seq_lens_B.tolist()))
+        return extend_pass(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(engine.runner), "extend_pass", lambda _, batch: watch(batch))
+        (unit,) = workload.units()
+        unit.run()
+    assert unit.name == "prefill" and unit.tokens == 3 * 17
+    assert seen == [
+        ([*range(a, b)] * 3, [b] * 3)
+        for a, b in ((5, 12), (12, 19), (19, 22))  # new tokens follow five cached ones
+    ]
+
+
+def test_an_extend_in_chunks_equals_one_pass() -> None:
+    """The same tokens over the same cached prefix."""
+    options = ExtendWorkload(batch_size=2, new_len=17, prefix_len=5)
+    whole, _ = prepared(cell(options))
+    expected = whole.units()[0].run()
+    for size in (1, 7, 17, 40):
+        chunked, _ = prepared(cell(dataclasses.replace(options, chunk_size=size)))
+        torch.testing.assert_close(chunked.units()[0].run(), expected)
 
 
 def test_mixed_batches_have_both_kinds() -> None:

@@ -1,0 +1,80 @@
+"""Every preset composes, every cell that it sweeps is valid, and no two of them are one. No cell is run, no torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from fa_research.config import Config, config_hash, load_config
+from fa_research.config.store import CONFIG_DIR, choices, register
+
+PRESETS = choices("experiment")
+# Sweeps of the lab are to end within minutes: about a second a cell.
+MOST_CELLS = 100
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra_configs() -> Iterator[None]:
+    register()
+    with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+        yield
+
+
+def sweep_of(preset: str) -> dict[str, str]:
+    """Keys and comma-separated values that a preset sweeps."""
+    cfg = compose("config", [f"experiment={preset}"], return_hydra_config=True)
+    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    return {str(key): str(value) for key, value in params.items()}
+
+
+@cache
+def configs(preset: str) -> list[Config]:
+    """Of each cell. Composing takes most of the time, so it is done once for each choice of groups."""
+    swept = [f"{key}={values}" for key, values in sweep_of(preset).items()]
+    parsed = OverridesParser.create().parse_overrides(swept)
+    composed: dict[tuple[str, ...], DictConfig] = {}
+    found = []
+    for cell in BasicSweeper.split_arguments(parsed, None)[0]:
+        groups = tuple(override for override in cell if "." not in override.partition("=")[0])
+        if groups not in composed:
+            composed[groups] = compose("config", [f"experiment={preset}", *groups])
+        cfg = copy.deepcopy(composed[groups])
+        for override in OverridesParser.create().parse_overrides([o for o in cell if o not in groups]):
+            OmegaConf.update(cfg, override.key_or_group, override.value())
+        found.append(load_config(cfg))
+    return found
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_cell_is_valid_and_different(preset: str) -> None:
+    hashes = [config_hash(config) for config in configs(preset)]
+    assert 1 < len(hashes) <= MOST_CELLS
+    assert len(set(hashes)) == len(hashes)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_says_how_it_is_started(preset: str) -> None:
+    lines = (CONFIG_DIR / "experiment" / f"{preset}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_" and any(f"experiment={preset}" in line for line in lines[1:4])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_captured_sizes_are_those_that_are_swept(preset: str) -> None:
+    """A batch that is padded to another size would measure that size."""
+    for config in configs(preset):
+        if config.workload.name == "decode" and preset != "first_ablation":
+            assert config.workload.batch_size in config.cuda_graph.batch_sizes  # type: ignore[attr-defined]
+
+
+def test_a_prompt_is_as_long_whatever_of_it_is_cached() -> None:
+    workloads: list[Any] = [config.workload for config in configs("extend_prefix")]
+    lens = {(workload.prefix_len, workload.new_len) for workload in workloads}
+    assert len(lens) == 7 and {prefix + new for prefix, new in lens} == {32768}
