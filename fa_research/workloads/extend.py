@@ -82,8 +82,8 @@ class _RaggedPass(Workload):
 
 
 class Extend(_RaggedPass):
-    """`new_len` new tokens each over `prefix_len` cached ones, `chunk_size` of them at a time. The oracle repeats all of
-    the new tokens in one pass; at `level=attention` it looks at the last chunk."""
+    """`new_len` new tokens each over `prefix_len` cached ones, `chunk_size` of them at a time. The oracle repeats all
+    new tokens in one pass; at `level=attention` it looks at the last chunk."""
 
     name = "extend"
 
