@@ -194,7 +194,8 @@ class AttentionBackend(ABC):
         """One layer's attention with the metadata of this pass, or, with `settings.metadata_per_layer`, with metadata
         made by the same call anew: for every kind of layer, as a pass makes them."""
         if self.settings.metadata_per_layer and not self._unread and self._renew is not None:
-            self._renew()
+            with mark(METADATA):
+                self._renew()
         self._unread = False
         metadata = self._chunked[lowering.chunk] if lowering.chunk else self.forward_metadata
         assert metadata is not None, "init_forward_metadata comes first"
