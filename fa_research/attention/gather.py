@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fa_research.errors import ConfigError
-from fa_research.kernels import ops
+from fa_research.kernels.gather import gather_kv
 from fa_research.metadata import FlashAttentionMetadata
 
 OPTION = "gather"
@@ -66,7 +66,7 @@ def _copied(
 ) -> tuple[Tensor, Tensor]:
     k_GKD = k_cache_NKD.new_empty(count, *k_cache_NKD.shape[1:])
     v_GKV = v_cache_NKV.new_empty(count, *v_cache_NKV.shape[1:])
-    ops.gather_kv(
+    gather_kv(
         k_cache_NKD,
         v_cache_NKV,
         metadata.page_table_BP,

@@ -6,8 +6,8 @@ rounding, and Triton is imported when the first kernel runs. Nothing here reads 
 
 Shapes: T tokens, E hidden size, F intermediate size, H query heads, K KV heads, D head dim, V value head dim,
 N slots, X positions of the table, B requests, R rows and W columns of ``req_to_token``, P pages. Shape and
-dtype contracts are those of the kernels: norm.py, activation.py, rope_kv.py, gather_kv.py, fill_metadata.py,
-page_indices.py, sampling.py.
+dtype contracts are those of the kernels: norm.py, activation.py, rope_kv.py, fill_metadata.py, page_indices.py,
+sampling.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 @cache
 def _kernels() -> SimpleNamespace:
-    from fa_research.kernels import activation, fill_metadata, gather_kv, norm, page_indices, rope_kv, sampling
+    from fa_research.kernels import activation, fill_metadata, norm, page_indices, rope_kv, sampling
 
     return SimpleNamespace(
         rms_norm=norm.rms_norm,
@@ -35,7 +35,6 @@ def _kernels() -> SimpleNamespace:
         softcap=activation.softcap,
         write_kv=rope_kv.write_kv,
         rope_write_kv=rope_kv.rope_write_kv,
-        gather_kv=gather_kv.gather_kv,
         fill_metadata=fill_metadata.fill_metadata,
         advance_decode=fill_metadata.advance_decode,
         compact_pages=page_indices.compact_pages,
@@ -130,35 +129,6 @@ def rope_write_kv(
         return
     q_THD.copy_(rotate(q_THD, cos_sin_XD, positions_T))
     write_kv(rotate(k_TKD, cos_sin_XD, positions_T), v_TKV, k_cache_NKD, v_cache_NKV, out_cache_loc_T)
-
-
-def gather_kv(
-    k_cache_NKD: Tensor,
-    v_cache_NKV: Tensor,
-    page_table_BP: Tensor,
-    cache_seqlens_B: Tensor,
-    starts_B1: Tensor,
-    page_size: int,
-    k_out_GKD: Tensor,
-    v_out_GKV: Tensor,
-    tail: int = 0,
-) -> None:
-    """K and V of each request's tokens out of their pages: token j of request b to ``starts[b] + j``, then `tail` rows
-    of zeros; the sink page reads as zeros."""
-    if _use_kernel(k_cache_NKD):
-        _kernels().gather_kv(
-            k_cache_NKD, v_cache_NKV, page_table_BP, cache_seqlens_B, starts_B1, page_size, k_out_GKD, v_out_GKV, tail
-        )  # fmt: skip
-        return
-    starts = starts_B1.tolist()
-    for row, (start, length) in enumerate(zip(starts[:-1], cache_seqlens_B.tolist(), strict=True)):
-        token_G = torch.arange(length, device=page_table_BP.device)
-        page_G = page_table_BP[row, token_G // page_size].long()
-        for source, out in ((k_cache_NKD, k_out_GKD), (v_cache_NKV, v_out_GKV)):
-            found = source[page_G * page_size + token_G % page_size]
-            out[start : start + length] = torch.where(page_G[:, None, None] != 0, found, 0)
-    for out in (k_out_GKD, v_out_GKV):
-        out[starts[-1] : starts[-1] + tail] = 0
 
 
 def fill_metadata(

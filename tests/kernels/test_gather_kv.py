@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fa_research.kernels import gather
 from fa_research.kernels import gather_kv as kernels
-from fa_research.kernels import ops
 from tests.kernels.attention_oracle import DEVICE, DTYPES
 
 UNTOUCHED = -7.0
@@ -22,7 +22,7 @@ def pools(slots: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("module", "device"), [(kernels, str(DEVICE)), (ops, "cpu")], ids=["kernel", "torch"]
+    ("module", "device"), [(kernels, str(DEVICE)), (gather, "cpu")], ids=["kernel", "torch"]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("page_size", [1, 3, 16])
