@@ -49,7 +49,7 @@ __all__ = [
 
 # Backends whose kernels may multiply what lies past a request's end in its own last page by an exact zero. For them
 # that memory is large and finite, as the pool promises; every other slot that nothing wrote is NaN for them too.
-FINITE_OWN_PAGES: frozenset[str] = frozenset({"fa2", "fa3", "flex"})
+FINITE_OWN_PAGES: frozenset[str] = frozenset({"fa2", "fa3", "fa4", "flex"})
 
 DEVICES = (pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu))
 

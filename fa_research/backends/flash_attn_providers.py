@@ -83,6 +83,14 @@ class FlashAttn(Provider):
     versions = frozenset({2})
     gathers = True
 
+    def _load(self) -> Any:
+        module = super()._load()
+        if not hasattr(
+            module, "flash_attn_varlen_func"
+        ):  # FlashAttention-4 alone leaves a folder of that name
+            raise ImportError("has no FlashAttention-2 in it (flash_attn.cute is FlashAttention-4)")
+        return module
+
     def split_reasons(self, num_splits: int, deterministic: bool) -> tuple[str, ...]:
         reasons = []
         if num_splits > 0:

@@ -11,6 +11,7 @@ V value head dim, I tiles, R queries in a tile, W pages listed for a tile.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -43,18 +44,13 @@ class FlexBackend(AttentionBackend):
 
     name = "flex"
     option_names = frozenset(_OPTIONS)
-    combine_kernels = (
-        "triton_per_",
-        "triton_red_",
-        "triton_poi_",
-    )  # inductor's reductions; attention is triton_tem_
+    combine_kernels = ("triton_per_", "triton_red_", "triton_poi_")  # inductor's own; attention is triton_tem_
 
     def __init__(self, settings: BackendSettings, specs: Any) -> None:
         super().__init__(settings, specs)
         self._runs: dict[tuple[Any, ...], Run] = {}
-        self.compiler = (
-            "inductor" if settings.device.type == "cuda" else None
-        )  # torch.compile's; None: not compiled
+        # torch.compile's backend; None: nothing is compiled.
+        self.compiler = "inductor" if settings.device.type == "cuda" else None
 
     @classmethod
     def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
@@ -166,7 +162,7 @@ class FlexBackend(AttentionBackend):
             options = self._kernel_options(spec, page_size, decode=tensors[0].shape[2] == 1)
             run = make_run(spec, page_size, return_lse, options)
             self._runs[key] = torch.compile(run, fullgraph=True, dynamic=False, backend=self.compiler)
-        with _without_recompile_limit() if fresh else nullcontext():
+        with _compiling() if fresh else nullcontext():
             return self._runs[key](*tensors)
 
     def _kernel_options(self, spec: AttentionSpec, page_size: int, decode: bool) -> dict[str, Any]:
@@ -230,8 +226,13 @@ def _without_tracing() -> Iterator[None]:
         flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
 
 
-def _without_recompile_limit() -> Any:
-    """Every shape is one entry of dynamo's cache, which by default takes eight."""
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Every shape is one entry of dynamo's cache, which by default takes eight. Inductor says at its first compilation
+    that float32 could be multiplied in TF32: float32 is what was asked for."""
     import torch._dynamo
 
-    return torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
+    limits = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
+    with limits, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+        yield

@@ -14,12 +14,11 @@ import torch
 from fa_research import backends
 from fa_research.backends.flex import FlexBackend
 from fa_research.backends.flex_pages import cut, list_pages
-from fa_research.batch import ForwardBatch
-from fa_research.engine.cuda_graph import GraphSet
 from fa_research.errors import Unsupported
 from fa_research.masks import Causal, Chunked, Full, Mask, SlidingWindow
-from fa_research.metadata import FlashAttentionMetadata, fill_metadata
-from tests.helpers import Scene, make_spec
+from fa_research.metadata import FlashAttentionMetadata
+from tests.backends.replays import check_replays
+from tests.helpers import DEVICES, Scene, make_spec
 
 LENS = {
     "extend": ((0, 130), (300, 1), (0, 0), (131, 257), (5, 3), (128, 128)),
@@ -171,46 +170,7 @@ def test_what_it_refuses_on_a_gpu(page_size: int, spec: Any, reason: str) -> Non
     assert backends.reasons_against("flex", settings, [spec]) == (reason,)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("page_size", [16, 128])
-@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(100)], ids=str)
-def test_a_captured_step_follows_the_lengths(page_size: int, mask: Mask) -> None:
-    """One graph, replayed after the lengths and pages of its requests have changed, equals an eager pass bit by bit."""
-    check_replays("flex", page_size, mask)
-
-
-def check_replays(name: str, page_size: int, mask: Mask) -> None:
-    """A captured decode pass (metadata, plan and attention) over other requests of the same cache."""
-    lens = tuple((prefix, 1) for prefix in (0, 900, 127, 16, 4095, 300, 128, 2000))
-    scene = Scene(make_spec((8, 2), 128, mask), lens, page_size, torch.bfloat16, "cuda", decode=True)
-    backend = scene.backend(name)
-    scene.run(backend)  # writes every request's new token
-    limit = scene.cache.req_to_token.max_context_len
-    backend.init_cuda_graph_state(4, limit)
-    static, q_THD = scene.batch([0, 1, 2, 3]), torch.empty_like(torch.cat(scene.q[:4]))
-    caches = (scene.cache.kv.k(scene.layer_id), scene.cache.kv.v(scene.layer_id))
-
-    def attend(batch: ForwardBatch) -> torch.Tensor:
-        args = (q_THD, *caches, backend.lowerings[1], batch)
-        return backend.forward(*args, sinks_H=None, return_lse=False)[0]
-
-    def step(batch_size: int) -> torch.Tensor:
-        backend.init_forward_metadata_capture_cuda_graph(static, scene.table)
-        return attend(static)
-
-    q_THD.copy_(torch.cat(scene.q[:4]))
-    graphs = GraphSet(step, [4])
-    for which in ([4, 5, 6, 7], [7, 0, 4, 2], [0, 1, 2, 3]):
-        other = scene.batch(which)
-        q_THD.copy_(torch.cat([scene.q[i] for i in which]))
-        static.seq_lens_B.copy_(other.seq_lens_B)
-        static.req_pool_indices_B.copy_(other.req_pool_indices_B)
-        out = graphs.replay(4)
-        assert out is not None
-        replayed = out.clone()
-        scene.check_outputs(list(replayed.split(1)), which)
-        metadata = FlashAttentionMetadata.allocate(4, limit, page_size, "cuda")
-        fill_metadata(metadata, replace(other, max_seq_len_k=limit), scene.table, page_size)
-        backend.forward_metadata = metadata
-        backend.plan(metadata, backend.lowerings[1])
-        assert torch.equal(attend(other), replayed)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("page_size", "mask"), [(16, SlidingWindow(100)), (128, Causal())], ids=str)
+def test_a_captured_step_follows_the_lengths(device: str, page_size: int, mask: Mask) -> None:
+    check_replays("flex", page_size, mask, device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +62,21 @@ def test_a_pinned_package_that_is_not_installed_is_the_only_reason(version: int,
 def test_a_generation_that_a_package_does_not_have() -> None:
     assert providers.FlashAttn.missing(3) == "flash_attn has no FA3"
     assert providers.SGLKernel.missing(2) == "sgl_kernel.flash_attn has no FA2"
+
+
+def test_flash_attention_4_alone_is_no_flash_attention_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both live under the name `flash_attn`; what FlashAttention-4 installs there is a folder without `__init__.py`."""
+    if installed("flash_attn"):
+        pytest.skip("flash_attn is installed")
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert providers.FlashAttn.missing(2) == (
+        "flash_attn: has no FlashAttention-2 in it (flash_attn.cute is FlashAttention-4)"
+    )
+    monkeypatch.delitem(sys.modules, "flash_attn")
 
 
 @pytest.mark.parametrize(
