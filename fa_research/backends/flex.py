@@ -44,7 +44,7 @@ class FlexBackend(AttentionBackend):
 
     name = "flex"
     option_names = frozenset(_OPTIONS)
-    combine_kernels = ("triton_per_", "triton_red_", "triton_poi_")  # inductor's own; attention is triton_tem_
+    combine_kernels = ("triton_per_", "triton_red_", "triton_poi_")  # the template itself is triton_tem_
 
     def __init__(self, settings: BackendSettings, specs: Any) -> None:
         super().__init__(settings, specs)
