@@ -167,6 +167,19 @@ def test_only_a_retained_prompt_is_found_when_nobody_else_is_live(tmp_path: Path
         assert columns["trace_prefix_found_tokens"] == found
 
 
+def test_waste_counts_a_shared_page_once_and_what_is_retained(tmp_path: Path) -> None:
+    """One request at a time, pages of 256: counted by hand."""
+    path = mooncake(tmp_path, [(1100, 2, [1, 2, 3]), (700, 2, [1, 4]), (100, 1, [9])])
+    columns = replayed(path, 256, concurrency=1, retained_fraction=0.9).columns({})
+    # The first: 5 pages, 1101 and 1102 tokens. The second beside the first, which is retained: two shared pages and one
+    # of its own, 701 and 702 tokens; not retained, since the first holds its only whole block. The third: a page.
+    empty = [1280 - 1101, 1280 - 1102, (768 - 701) + 178, (768 - 702) + 178, (256 - 100) + 178]
+    assert columns["trace_waste_fraction_mean"] == sum(empty) / (2 * 1280 + 3 * 1536)
+    assert columns["trace_waste_fraction_peak"] == empty[3] / 1536
+    assert columns["trace_live_requests_mean"] == 1 and columns["trace_steps"] == 5
+    assert columns["trace_page_table_bytes_read"] == 1 * 4 * 2  # a page, int32, two layers
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 256])
 def test_a_prefix_of_two_live_requests_is_stored_once(tmp_path: Path, page_size: int) -> None:
     path = mooncake(tmp_path, [(1100, 9, [1, 2, 3]), (1030, 9, [1, 2, 4]), (2048, 9, [1, 2, 5, 6])])
