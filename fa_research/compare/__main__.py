@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fa_research.errors import FaResearchError
+from fa_research.errors import ConfigError, FaResearchError
 
 USER_ERROR = 2
 
@@ -18,6 +18,7 @@ examples:
   python -m fa_research.compare outputs/A outputs/B --question page_size --regret
   python -m fa_research.compare experiments/decode_step --question kv.page_size --metric decode_step_host_us
   python -m fa_research.compare outputs/A outputs/B --question environment.gpu --out report
+  python -m fa_research.compare outputs/attention_rows outputs/model_rows --closure --out report
 
 Rows that are equal in everything but the question are compared; rows that are not `ok` are shown and never counted.
 """
@@ -32,8 +33,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("paths", nargs="+", type=Path, help="folders of results, or rows.jsonl files")
-    made.add_argument(
-        "-q", "--question", required=True, metavar="KEY", help="config key or group, short or in full"
+    asked = made.add_mutually_exclusive_group(required=True)
+    asked.add_argument("-q", "--question", metavar="KEY", help="config key or group, short or in full")
+    asked.add_argument(
+        "--closure",
+        action="store_true",
+        help="predict decode steps of rows with workload.level=model from rows with workload.level=attention",
     )
     made.add_argument("--metric", help="what to compare; the time that most rows have")
     made.add_argument("--regret", action="store_true", help="the best single choice, and who wins where")
@@ -80,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.closure:
+        _run_closure(options)
+        return
     from fa_research.compare.comparison import compare
     from fa_research.compare.screen import print_comparison
 
@@ -98,6 +106,20 @@ def _run(options: argparse.Namespace) -> None:
         from fa_research.compare.report import write_report
 
         write_report(comparison, options.out)
+
+
+def _run_closure(options: argparse.Namespace) -> None:
+    from fa_research.compare.closure import close
+    from fa_research.compare.closure_files import print_closure, write_closure
+
+    unused = {"--metric": options.metric, "--regret": options.regret, "--ignore": options.ignore}
+    unused |= {"--better": options.better}
+    if given := [name for name, value in unused.items() if value]:
+        raise ConfigError(f"{' and '.join(given)} belong to --question; --closure takes --across and --out")
+    closure = close(options.paths, across=options.across)
+    print_closure(closure)
+    if options.out is not None:
+        write_closure(closure, options.out)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Record:
         if own := self.row.samples.get(metric):
             return tuple(own)
         value = self.row.metrics.get(metric)
-        if own := getattr(self.row, "samples", {}).get(metric):
+        if own := self.row.samples.get(metric):
             return tuple(float(v) for v in own)
         stem = metric.removesuffix("_us")
         kept = [self.row.metrics.get(name) for name in (f"{stem}_samples_us", "samples_us")]
@@ -118,7 +118,8 @@ def load(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for path in _row_files(paths):
-            records += [Record(row, path, line) for line, row in numbered_rows(path)]
+            found = [Record(row, path, line) for line, row in numbered_rows(path)]
+            records += [record for record in found if _is_whole(record, notes)]
     notes += [str(warning.message) for warning in caught]
     if not records:
         raise ConfigError(f"no rows in {', '.join(map(str, paths))}: the files are empty or torn")
@@ -126,6 +127,14 @@ def load(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
         _fill_in(record)
     notes += _version_notes(records)
     return _latest(_without_copies(records), notes), notes
+
+
+def _is_whole(record: Record, notes: list[str]) -> bool:
+    """Whether the parts of a row are what they have to be; what another program wrote need not be."""
+    parts = {"config": dict, "environment": dict, "checks": dict, "reasons": list, "notes": list}
+    if wrong := [name for name, kind in parts.items() if not isinstance(getattr(record.row, name), kind)]:
+        notes.append(f"{record.place} is not a row and was skipped ({' and '.join(wrong)} cannot be read)")
+    return not wrong
 
 
 def _row_files(paths: Sequence[Path]) -> list[Path]:

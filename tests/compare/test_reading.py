@@ -137,3 +137,31 @@ def test_nothing_to_read_is_said(tmp_path: Path) -> None:
     (tmp_path / ROWS_FILE).write_text(json.dumps({"status": "unheard of"}) + "\n")
     with pytest.raises(ConfigError, match="no rows in"):
         load([tmp_path])
+
+
+def test_samples_that_a_row_holds_go_before_those_beside_it(tmp_path: Path) -> None:
+    own, beside = noisy(100.0, seed=1), noisy(100.0, seed=2)
+    row = row_of(config_of(), own)
+    row.samples = {METRIC: own}
+    write_rows(tmp_path / ROWS_FILE, row)
+    write_series(tmp_path, beside)
+    (record,), _ = load([tmp_path])
+    assert record.samples(METRIC) == pytest.approx(own)
+
+
+@pytest.mark.parametrize("part", ["config", "environment", "checks", "reasons", "metrics"])
+def test_a_row_that_another_program_wrote_wrongly_is_named(tmp_path: Path, part: str) -> None:
+    path = write_rows(tmp_path / ROWS_FILE, row_of(config_of("fa3"), noisy(1.0)), row_of(config_of("triton")))
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{json.dumps(json.loads(second) | {part: None})}\n")
+    records, notes = load([tmp_path])
+    assert [record.config["backend.name"] for record in records] == ["fa3"]
+    assert any(f"{path}:2 is not a row" in note for note in notes)
+
+
+def test_a_row_of_a_status_that_is_unknown_here_is_named(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / ROWS_FILE, row_of(config_of("fa3"), noisy(1.0)), row_of(config_of("triton")))
+    path.write_text(path.read_text().replace('"status": "ok"', '"status": "postponed"', 1))
+    records, notes = load([tmp_path])
+    assert [record.config["backend.name"] for record in records] == ["triton"]
+    assert any("postponed" in note for note in notes)

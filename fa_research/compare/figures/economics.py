@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     import altair as alt
 
 PAGE_SIZE = "kv.page_size"
-# What a trace leaves in a row, by words that its column has.
-_CAPACITY = ("capacity",)
-_SHARES = {"waste": "last-page waste (%)", "hit": "tokens found in the cache (%)"}
+CAPACITY, RATE = "trace_live_requests_mean", "trace_tokens_per_s"
+_SHARES = {
+    "trace_waste_fraction_mean": "used slots without a token (%)",
+    "trace_prefix_hit_fraction": "prompt tokens found in the cache (%)",
+}
 
 
 def trace_figures(comparison: Comparison) -> list[Figure]:
@@ -24,21 +26,9 @@ def trace_figures(comparison: Comparison) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def _column(metrics: dict[str, Any], *needed: str) -> str | None:
-    """The shortest name of a trace's column that has all these words."""
-    names = [name for name in metrics if name.startswith("trace_") and all(word in name for word in needed)]
-    return min(names, key=len, default=None)
-
-
-def _capacity(metrics: dict[str, Any]) -> float | None:
-    name = _column(metrics, "capacity", "requests") or _column(metrics, *_CAPACITY)
-    value = None if name is None else metrics[name]
-    return float(value) if isinstance(value, int | float) and value > 0 else None
-
-
-def _rate(comparison: Comparison, metrics: dict[str, Any]) -> float | None:
-    value = metrics.get(f"{comparison.metric.removesuffix('_us')}_tokens_per_s")
-    return float(value) if isinstance(value, int | float) and value > 0 else None
+def _number(metrics: dict[str, Any], name: str) -> float | None:
+    value = metrics.get(name)
+    return float(value) if isinstance(value, int | float) and value == value else None
 
 
 def _pareto(comparison: Comparison) -> Figure | None:
@@ -47,24 +37,28 @@ def _pareto(comparison: Comparison) -> Figure | None:
     points: list[Point] = []
     for cell in comparison.cells:
         for entry in cell.entries.values():
-            x, y = _capacity(entry.record.row.metrics), _rate(comparison, entry.record.row.metrics)
+            x, y = (_number(entry.record.row.metrics, name) for name in (CAPACITY, RATE))
             if x is not None and y is not None and entry.estimate is not None:
                 page = entry.record.config.get(PAGE_SIZE)
                 point = linked(comparison, cell, entry) | {"x": x, "y": y, "page": str(page)}
-                point["description"] += f": page size {page}, {number(x)} requests fit, {number(y)} tokens/s"
+                others = {key: value for key, value in cell.where.items() if key != PAGE_SIZE}
+                point["group"] = repr(others)  # one trace, one model: what can be chosen between
+                point["description"] += f": page size {page}, {number(x)} requests, {number(y)} tokens/s"
                 points.append(point)
     if len(points) < 2:
         return None
     asked = comparison.question.name == PAGE_SIZE
     color, shape = look_of(comparison.labels, comparison.question.title)
-    along = alt.X("x:Q").title("requests that fit").scale(zero=False, padding=24)
-    up = alt.Y("y:Q").title("tokens per second").scale(zero=False, padding=24)
-    line = chart_of(front(points)).mark_line(color=MUTED, strokeDash=[4, 3], interpolate="step-before")
+    along = alt.X("x:Q").title("requests in the pool at once, mean").scale(zero=False, padding=24)
+    up = alt.Y("y:Q").title("tokens per second, estimated").scale(zero=False, padding=24)
+    groups = dict.fromkeys(p["group"] for p in points)
+    best = [p for group in groups for p in front([p for p in points if p["group"] == group])]
+    line = chart_of(best).mark_line(color=MUTED, strokeDash=[4, 3], interpolate="step-before")
     base = chart_of(points).encode(x=along, y=up)
     dots = base.mark_point(filled=True, size=80, opacity=1).encode(
         color=color, shape=shape, href="href:N", description="description:N"
     )
-    layers: list[Any] = [line.encode(x=along, y=up), dots]
+    layers: list[Any] = [line.encode(x=along, y=up, detail="group:N"), dots]
     if not asked:
         layers.append(base.mark_text(color=FG, dy=-11, fontSize=11).encode(text="page:N"))
     chart = alt.layer(*layers).properties(width=560, height=320)
@@ -91,8 +85,8 @@ def _shares(comparison: Comparison) -> Figure | None:
     import altair as alt
 
     charts = []
-    for word, title in _SHARES.items():
-        points = _share_points(comparison, word)
+    for name, title in _SHARES.items():
+        points = _share_points(comparison, name)
         if len({p["x"] for p in points}) > 1:
             charts.append(_share_chart(points, title))
     if not charts:
@@ -101,15 +95,14 @@ def _shares(comparison: Comparison) -> Figure | None:
     return Figure("trace", "What a page size wastes and finds", "Of the replayed trace.", chart)
 
 
-def _share_points(comparison: Comparison, word: str) -> list[Point]:
+def _share_points(comparison: Comparison, name: str) -> list[Point]:
     points: dict[tuple[Any, float], Point] = {}
     for cell in comparison.cells:
         for entry in cell.entries.values():
-            metrics, page = entry.record.row.metrics, entry.record.config.get(PAGE_SIZE)
-            name = _column(metrics, word, "fraction") or _column(metrics, word, "rate")
-            if name is None or not isinstance(metrics[name], int | float) or not isinstance(page, int):
+            share, page = _number(entry.record.row.metrics, name), entry.record.config.get(PAGE_SIZE)
+            if share is None or not isinstance(page, int):
                 continue
-            y = metrics[name] * 100
+            y = share * 100
             point = linked(comparison, cell, entry) | {"x": page, "y": y}
             points[page, y] = point | {"description": f"page size {page}: {y:.3g} %"}
     return list(points.values())

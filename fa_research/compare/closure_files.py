@@ -1,0 +1,134 @@
+"""A closure on the screen, as CSV, as Markdown and as a figure."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fa_research.compare.closure import STEP, VARIANTS, Closed, Closure
+from fa_research.compare.keys import short, text_of, title_of
+from fa_research.compare.wording import number, percent
+from fa_research.tracking import CONSOLE
+
+
+def print_closure(closure: Closure) -> None:
+    """Every cell with its predictions and their errors, and what they come to."""
+    CONSOLE.print(Text("decode step of a model, predicted from its kernels (us)", style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in _head(closure):
+        table.add_column(name, justify="right", overflow="fold")
+    for cell in closure.cells:
+        table.add_row(*map(Text, _line(closure, cell)))
+    CONSOLE.print(table)
+    for line in summary(closure):
+        CONSOLE.print(Text(line))
+    CONSOLE.print()
+    for line in notes(closure):
+        CONSOLE.print(Text(f"note: {line}", style="dim"), soft_wrap=True)
+
+
+def summary(closure: Closure) -> list[str]:
+    """The median and the worst error of each way to predict."""
+    return [
+        f"{variant}: {percent(middle)} off at the median, {_signed(worst)} at worst (at {title_of(cell.where)}), over "
+        f"{count} cell{'s' * (count != 1)}"
+        for variant, (middle, worst, cell, count) in closure.summary().items()
+    ]
+
+
+def notes(closure: Closure) -> list[str]:
+    """How each prediction was made, and what is left out of it."""
+    lines = [f"{variant}: {how}" for variant, how in VARIANTS.items() if variant in closure.summary()]
+    lines += [
+        f"one cell: fitted to {title_of(cell.where)} ({cell.record.place}), which has no error of its own"
+        for cell in closure.fitted
+    ]
+    if between := sum(cell.source.startswith("between ") for cell in closure.cells):
+        lines.append(
+            f"{between} of {len(closure.cells)} attention times lie between two measured contexts, in proportion to "
+            "the bytes of keys and values"
+        )
+    lines.append("contexts are those that a run began with: a step's own is longer by the steps before it")
+    return lines + closure.notes
+
+
+def _signed(error: float) -> str:
+    return f"{'+' if error >= 0 else '-'}{percent(abs(error))}"
+
+
+def _variants(closure: Closure) -> list[str]:
+    return [variant for variant in VARIANTS if any(variant in cell.predicted for cell in closure.cells)]
+
+
+def _head(closure: Closure) -> list[str]:
+    keys = list(closure.cells[0].where)
+    names = [name for variant in _variants(closure) for name in (variant, "error")]
+    return [*(short(key, keys) for key in keys), "attention path", "measured step", *names]
+
+
+def _line(closure: Closure, cell: Closed) -> list[str]:
+    line = [text_of(value) for value in cell.where.values()] + [
+        number(cell.attention_us),
+        number(cell.measured),
+    ]
+    for variant in _variants(closure):
+        error = cell.error(variant)
+        line += ["-", "fitted"] if error is None else [number(cell.predicted[variant]), _signed(error)]
+    return line
+
+
+def write_closure(closure: Closure, folder: Path) -> list[Path]:
+    """closure.csv, closure.md and closure.png. Raises OSError, and ConfigError without the extra `report`, when CSV and
+    Markdown are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [
+        _write_csv(closure, folder / "closure.csv"),
+        _write_markdown(closure, folder / "closure.md", False),
+    ]
+    try:
+        from fa_research.compare.figures import require_altair
+
+        require_altair()
+        from fa_research.compare.figures.closure import closure_figure
+        from fa_research.compare.figures.images import png
+
+        written.append(folder / "closure.png")
+        written[-1].write_bytes(png(closure_figure(closure)))
+        _write_markdown(closure, written[1], True)
+    finally:
+        CONSOLE.print(f"wrote {', '.join(p.name for p in written if p.exists())} to {folder}", soft_wrap=True)
+    return written
+
+
+def _write_csv(closure: Closure, path: Path) -> Path:
+    variants = _variants(closure)
+    head = [*closure.cells[0].where, "attention_path_us", STEP, "rest_bytes"]
+    head += [f"{variant.replace(' ', '_')}_{what}" for variant in variants for what in ("us", "error")]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*head, "fitted", "kernel_rows", "config_hash", "row"])
+        for cell in closure.cells:
+            made = [x for variant in variants for x in (cell.predicted.get(variant), cell.error(variant))]
+            line = [*cell.where.values(), cell.attention_us, cell.measured, cell.rest_bytes, *made]
+            writer.writerow([*line, cell in closure.fitted, cell.source, cell.record.hash, cell.record.place])
+    return path
+
+
+def _write_markdown(closure: Closure, path: Path, figure: bool) -> Path:
+    lines = [
+        "# A model's decode step, predicted from its kernels",
+        "",
+        *(f"- {s}" for s in summary(closure)),
+        "",
+    ]
+    head = [*_head(closure), "row", "kernel rows"]
+    rows = [[*_line(closure, cell), f"`{cell.record.place}`", f"`{cell.source}`"] for cell in closure.cells]
+    lines += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    lines += ["", "![Errors of the prediction](closure.png)"] * figure
+    lines += ["", "## Notes", "", *(f"- {line}" for line in notes(closure))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
