@@ -84,6 +84,10 @@ class FlexBackend(AttentionBackend):
             and not 16 <= min(spec.head_dim, spec.v_head_dim) <= max(spec.head_dim, spec.v_head_dim) <= 256
         ):
             reasons.append(f"head dim {spec.head_dim}, {spec.v_head_dim} of values: takes 16 to 256 on a GPU")
+        if on_gpu and s.page_size > 64 and s.page_size % 64:  # its decode kernel takes 64 keys at a time
+            reasons.append(
+                f"kv.page_size={s.page_size}: FlexAttention takes 16, 32, 48 and multiples of 64 on a GPU"
+            )
         if s.num_splits and not on_gpu:
             reasons.append(f"backend.num_splits={s.num_splits}: on the CPU there are no splits; use 0")
         elif s.num_splits and group & (group - 1):

@@ -162,6 +162,7 @@ def test_what_it_refuses(more: dict[str, Any], reason: str) -> None:
     ("page_size", "spec", "reason"),
     [
         (8, make_spec(), "kv.page_size=8: must be a multiple of 16"),
+        (96, make_spec(), "kv.page_size=96: FlexAttention takes 16, 32, 48 and multiples of 64 on a GPU"),
         (16, make_spec(head_dim=8), "head dim 8, 8 of values: takes 16 to 256 on a GPU"),
     ],
 )
