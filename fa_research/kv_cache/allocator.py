@@ -6,8 +6,9 @@ share a full prefix page; only a page with one owner is ever written.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
+
+import numpy as np
 
 from fa_research.errors import KVCacheFull
 
@@ -84,7 +85,7 @@ class PagedAllocator:
     def churn(self, seed: int) -> None:
         """Leave the free list as long service does: in no order. Tables made from it are never `arange`, which would
         flatter a kernel that profits from neighbouring pages."""
-        random.Random(seed).shuffle(self._free)
+        self._free = np.random.default_rng(seed).permutation(self._free).tolist()
 
     def check(self) -> None:
         """The invariant: free + used = total, and no page is free twice or free and owned."""
