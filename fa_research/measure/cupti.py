@@ -98,7 +98,7 @@ class CuptiWatch:
 
     def __enter__(self) -> Self:
         torch.cuda.synchronize()
-        with _no_warnings():
+        with no_warnings():
             self._profile.__enter__()
         return self
 
@@ -106,7 +106,7 @@ class CuptiWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         torch.cuda.synchronize()
-        with _no_warnings():
+        with no_warnings():
             self._profile.__exit__(kind, error, trace)
 
     def begin(self) -> None:
@@ -122,16 +122,23 @@ class CuptiWatch:
         return [busy_ns(group) / 1e3 for group in groups], [span_ns(group) / 1e3 for group in groups]
 
 
+def keep_attached() -> None:
+    """Call before profiling: Kineto would otherwise detach CUPTI after each record and attach it again, which breaks
+    graphs captured before (pytorch/pytorch#75504)."""
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+
+
 def device_intervals(profile: Any) -> list[Interval]:
     """What the GPU did during a finished `torch.autograd.profiler.profile`."""
     on_device = torch.autograd.DeviceType.CUDA
     return [
         Interval(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
         for event in profile.kineto_results.events()
-        if event.device_type() == on_device
+        if event.device_type() == on_device and not event.is_user_annotation()
     ]
 
 
-def _no_warnings() -> warnings.catch_warnings:
+def no_warnings() -> warnings.catch_warnings:
     """The profiler's own warnings differ between versions and say nothing to whoever times."""
     return warnings.catch_warnings(action="ignore")

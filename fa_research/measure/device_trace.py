@@ -5,17 +5,16 @@ delimiters, tiny kernels of a name that nothing else has, so that no clock of th
 
 from __future__ import annotations
 
-import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from fa_research.measure.cupti import device_intervals, keep_attached, no_warnings
 
 _DELIMITER = "spin_kernel"  # of torch.cuda._sleep
 _CHAIN = 256  # kernels of a calibration
@@ -64,14 +63,11 @@ def delimit() -> None:
 
 def trace(run: Callable[[], object]) -> list[Kernel]:
     """The device's activity while `run` ran, by start. Raises TraceError where the profiler cannot start."""
-    # Kineto would otherwise detach CUPTI after each trace and attach it again, which breaks graphs captured before
-    # (pytorch/pytorch#75504).
-    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
-    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+    keep_attached()
     profiler = profile(activities=[ProfilerActivity.CUDA])
     torch.cuda.synchronize()
     try:
-        with _no_warnings():
+        with no_warnings():
             profiler.start()
     except RuntimeError as error:
         raise TraceError(f"torch.profiler does not start ({error})") from error
@@ -79,20 +75,12 @@ def trace(run: Callable[[], object]) -> list[Kernel]:
         run()
         torch.cuda.synchronize()
     finally:
-        with _no_warnings():
+        with no_warnings():
             profiler.stop()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    kernels = [
-        Kernel(event.name(), event.start_ns() / 1e3, (event.start_ns() + event.duration_ns()) / 1e3)
-        for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
-    ]
+    found = device_intervals(profiler.profiler)
+    origin = min((i.start_ns for i in found), default=0)  # nanoseconds of the epoch do not fit into a float
+    kernels = [Kernel(i.name, (i.start_ns - origin) / 1e3, (i.end_ns - origin) / 1e3) for i in found]
     return sorted(kernels, key=lambda kernel: kernel.start_us)
-
-
-def _no_warnings() -> warnings.catch_warnings:
-    """Those of the profiler differ between versions and are nothing for whoever measures."""
-    return warnings.catch_warnings(action="ignore")
 
 
 def segments(kernels: Sequence[Kernel], expected: int) -> list[Segment]:
