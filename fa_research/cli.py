@@ -18,14 +18,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_research.config import read_config, to_plain, validate
+from fa_research.config import Config, read_config, to_plain, validate
 from fa_research.config.against import read_against
 from fa_research.config.explain import explain
 from fa_research.config.free_text import escape, quote_free_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import FaResearchError
-from fa_research.sweep import count_rows, gather, record_failure
+from fa_research.sweep import gather, outcome, request_stop, stop_requested
+from fa_research.tracking.cell_rows import count_rows, record_failure
 
 if TYPE_CHECKING:
     from fa_research.tracking import Row
@@ -95,12 +96,25 @@ def launch(main: Callable[[], Any]) -> None:
         _exit_unread()
 
 
-def run_one(cfg: DictConfig) -> Row:
+def run_one(cfg: DictConfig) -> Row | None:
     """One cell: check the config, run it, and see to it that a row says how it ended.
 
-    A user's mistake in a single run ends the process with one line and exit code 2; in a sweep it becomes a row.
+    A user's mistake in a single run ends the process with one line and exit code 2; in a sweep it becomes a row. None:
+    a cell before it failed, and `sweep.fail_fast` is set.
     """
     hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return _run(cfg, hydra)
+    sweep_dir = Path(hydra.sweep.dir)
+    if stop_requested(sweep_dir):
+        return None
+    row = _run(cfg, hydra)
+    if cfg.sweep.fail_fast and exit_code([row], sweep=True):
+        request_stop(sweep_dir)
+    return row
+
+
+def _run(cfg: DictConfig, hydra: Any) -> Row:
     output_dir, multirun = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
     rows_before = count_rows(output_dir)
     asked: DictConfig | dict[str, Any] = cfg
@@ -110,9 +124,7 @@ def run_one(cfg: DictConfig) -> Row:
         validate(config)
         OmegaConf.save(OmegaConf.create(escape(resolved)), output_dir / "config.yaml")
         against = read_against(config, hydra.job.config_name, hydra.overrides.task)
-        from fa_research.runner import run_cell
-
-        row = run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun, against=against)
+        row = _run_cell(config, resolved, output_dir, multirun, against)
     except BrokenPipeError:  # as in `python run.py | head -1`: no fault of the cell, so no row
         _exit_unread()
     except Exception as error:
@@ -131,6 +143,19 @@ def run_one(cfg: DictConfig) -> Row:
     if not multirun and (code := exit_code([row])):
         raise SystemExit(code)
     return row
+
+
+def _run_cell(
+    config: Config, resolved: dict[str, Any], output_dir: Path, multirun: bool, against: Config | None
+) -> Row:
+    """Here, or for a sweep in a worker process, so that this one imports no torch."""
+    if multirun and config.sweep.isolate:
+        from fa_research.isolation import run_apart
+
+        return run_apart(config, resolved=resolved, output_dir=output_dir, against=against)
+    from fa_research.runner import run_cell
+
+    return run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun, against=against)
 
 
 def _is_plain(row: Row, error: Exception) -> bool:
@@ -173,14 +198,28 @@ class RunCallback(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from fa_research.tracking import CONSOLE, print_table
 
-        sweep_dir = Path(config.hydra.sweep.dir)
-        rows = gather(sweep_dir)
+        sweep_dir, known = Path(config.hydra.sweep.dir), outcome()
+        rows = gather(sweep_dir, known)
         print_table(rows)
         CONSOLE.print(f"{len(rows)} row{'s' * (len(rows) != 1)} in {sweep_dir}", soft_wrap=True)
+        if known.unwritten:
+            jobs = ", ".join(f"#{job}" for job in sorted(known.unwritten))
+            CONSOLE.print(f"not on disk, which did not take them: {jobs}", style="red", soft_wrap=True)
+        if known.not_run:
+            CONSOLE.print(_how_to_go_on(len(known.not_run), sweep_dir), soft_wrap=True)
         if rows and config.sweep.report:
             _report(sweep_dir)
-        if code := exit_code(rows, sweep=True) if rows else FAILED:
+        if not rows or known.unwritten or known.not_run:
+            raise SystemExit(FAILED)
+        if code := exit_code(rows, sweep=True):
             raise SystemExit(code)
+
+
+def _how_to_go_on(cells: int, sweep_dir: Path) -> str:
+    return (
+        f"stopped at the first cell that failed (sweep.fail_fast=true), {cells} not run: the same command with "
+        f"{shlex.quote(f'hydra.sweep.dir={sweep_dir}')} goes on from the rows made so far"
+    )
 
 
 def _report(sweep_dir: Path) -> None:

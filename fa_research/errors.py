@@ -82,3 +82,18 @@ class KVCacheFull(FaResearchError):
             f"KV cache full: {self.requested} pages requested, {self.free} pages free; "
             "raise kv.num_pages or kv.memory_fraction, or ask for fewer or shorter requests"
         )
+
+
+class CellLost(FaResearchError):
+    """The process that ran a cell of a sweep ended, or was ended, before the cell was done.
+
+    Attributes:
+        reasons: what happened, and the process's last words.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__(tuple(reasons))
+        self.reasons: tuple[str, ...] = tuple(reasons)
+
+    def __str__(self) -> str:
+        return "; ".join(self.reasons)

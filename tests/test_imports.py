@@ -25,7 +25,7 @@ FLOORS: dict[str, int] = {
     "measure": 8,
     "tracking": 9,
     **dict.fromkeys(["runner", "compare"], 10),
-    "sweep": 11,
+    **dict.fromkeys(["isolation", "sweep"], 11),
     "cli": 12,
 }
 LEAVES = {"errors", "discovery", "phases", "kernels"}  # import nothing else of the package

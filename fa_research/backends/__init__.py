@@ -8,7 +8,7 @@ from functools import cache
 
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.backends.graph_state import CudaGraphState
-from fa_research.discovery import discover
+from fa_research.discovery import discover, plugins
 from fa_research.errors import BackendUnavailable, ConfigError, Unsupported
 from fa_research.spec import AttentionSpec
 
@@ -25,7 +25,7 @@ __all__ = [
 
 @cache
 def _registry() -> dict[str, type[AttentionBackend]]:
-    return discover(__name__, AttentionBackend)  # type: ignore[type-abstract]
+    return discover(__name__, AttentionBackend, plugins())  # type: ignore[type-abstract]
 
 
 def names() -> tuple[str, ...]:

@@ -16,6 +16,13 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from fa_research.config.schemas import WORKLOADS, Config, WorkloadConfig
 
+# Launchers of Hydra that are packages of their own: which, and which extra of this one brings it.
+_LAUNCHERS = {
+    "joblib": ("hydra-joblib-launcher", "launchers"),
+    "submitit_local": ("hydra-submitit-launcher", "launchers"),
+    "submitit_slurm": ("hydra-submitit-launcher", "launchers"),
+    "ray": ("hydra-ray-launcher", "ray"),
+}
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -108,6 +115,9 @@ def _type_in_words(kind: Any) -> str:
 def _unknown_choice(error: MissingConfigException) -> str:
     group, _, given = str(error.missing_cfg_file).rpartition("/")
     options = [str(option) for option in error.options or ()]
+    if group == "hydra/launcher" and given in _LAUNCHERS:
+        package, extra = _LAUNCHERS[given]
+        return f"hydra/launcher={given} needs {package}, which is not installed: pip install -e '.[{extra}]'"
     return f"{group}={given} is unknown{_did_you_mean(given, options)}; choose one of {', '.join(options)}"
 
 

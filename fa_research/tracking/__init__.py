@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from fa_research.tracking.bars import progress
 from fa_research.tracking.environment import environment
 from fa_research.tracking.failures import failed_row
 from fa_research.tracking.records import ROWS_FILE, Row, RowWriter, Status, read_rows
-from fa_research.tracking.screen import CONSOLE, print_table, progress
+from fa_research.tracking.screen import CONSOLE, print_table
 from fa_research.tracking.stream import stream_text
 from fa_research.tracking.wandb_mirror import WandbMirror, wandb_run
 

@@ -28,10 +28,15 @@ def environment() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cpu_count": os.cpu_count(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "packages": dict(_packages()),
         **_git(),
         **_torch(),
     }
+
+
+@cache
+def _packages() -> dict[str, str]:
+    return {name: version for name in _PACKAGES if (version := _version(name)) is not None}
 
 
 def _version(package: str) -> str | None:
@@ -53,8 +58,12 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def _git() -> dict[str, Any]:
-    """The commit of this repository and whether tracked files differ from it; None where there is no git."""
+    """The commit of this repository and whether tracked files differ from it; None where there is no git.
+
+    As it was when this process first asked: code that changes later is not what the process runs.
+    """
     commit = _run("git", "-C", str(_REPOSITORY), "rev-parse", "HEAD")
     status = _run("git", "-C", str(_REPOSITORY), "status", "--porcelain", "--untracked-files=no")
     return {"git_commit": commit, "git_dirty": None if status is None else bool(status)}

@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from fa_research.errors import FaResearchError, KVCacheFull, Refusal
+from fa_research.errors import CellLost, FaResearchError, KVCacheFull, Refusal
 from fa_research.tracking.records import Row, Status
 
 _LESS_MEMORY = (
@@ -33,7 +33,7 @@ def _status(error: BaseException) -> Status:
 
 
 def _reasons(error: BaseException) -> list[str]:
-    if isinstance(error, Refusal) and error.reasons:
+    if isinstance(error, Refusal | CellLost) and error.reasons:
         return list(error.reasons)
     text = " ".join(str(error).split())
     if isinstance(error, FaResearchError):

@@ -9,21 +9,15 @@ import logging
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from fa_research.tracking.records import Row, Status
-
-log = logging.getLogger(__name__)
 
 _PIPE_WIDTH = 160  # columns of a table that no terminal limits
 _QUALITY = ("bits_per_byte", "decode_bits_per_byte", "top1_agreement")
@@ -58,47 +52,6 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-@contextmanager
-def progress(description: str, total: int, enabled: bool = True) -> Iterator[Callable[..., None]]:
-    """Show progress of `total` steps; yields a function that advances it, by one step or by its argument.
-
-    A bar on a terminal; in a pipe a log line every ten seconds; nothing where `enabled` is false.
-    """
-    if not enabled or total <= 0:
-        yield _ignore
-    elif CONSOLE.is_terminal:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=CONSOLE,
-            transient=True,
-        ) as bar:
-            task = bar.add_task(description, total=total)
-            yield partial(bar.advance, task)
-    else:
-        yield _LoggedProgress(description, total)
-
-
-def _ignore(steps: float = 1) -> None:
-    pass
-
-
-class _LoggedProgress:
-    """Progress as log lines, at most one every `seconds`."""
-
-    def __init__(self, description: str, total: int, seconds: float = 10.0) -> None:
-        self.description, self.total, self.seconds = description, total, seconds
-        self.done, self.last = 0, time.monotonic()
-
-    def __call__(self, steps: int = 1) -> None:
-        self.done += steps
-        if time.monotonic() - self.last >= self.seconds:
-            self.last = time.monotonic()
-            log.info("%s: %d of %d", self.description, self.done, self.total)
-
-
 def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_metrics: int = 8) -> None:
     """Print one row as a list of its metrics, several as a table of what varies between their configs.
 
@@ -124,6 +77,11 @@ def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_m
             CONSOLE.print(Text(f"{_spans(numbers)} {line}"))
 
 
+def table_of(rows: Sequence[Row], first: int = 0, max_metrics: int = 4) -> Table:
+    """Rows as a table with their first main metrics, numbered from `first`; as `print_table` prints several."""
+    return _fitting(rows, _main_metrics(rows)[:max_metrics], first)[0]
+
+
 def _spans(numbers: Sequence[int]) -> str:
     """Rising numbers in short: #0-2 #5."""
     starts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
@@ -145,18 +103,18 @@ def _print_one(row: Row) -> None:
     CONSOLE.print(table)
 
 
-def _fitting(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[Table, list[str]]:
+def _fitting(rows: Sequence[Row], metrics: Sequence[str], first: int = 0) -> tuple[Table, list[str]]:
     """The table with as many metrics as the console has room for, one at least, and their names.
 
     Where they do not all fit, names are broken into lines before metrics are left out.
     """
     shown = list(metrics)
-    table = _table(rows, shown)
+    table = _table(rows, shown, first=first)
     if not _fits(table):
-        table = _table(rows, shown, break_names=True)
+        table = _table(rows, shown, break_names=True, first=first)
     while len(shown) > 1 and not _fits(table):
         shown.pop()
-        table = _table(rows, shown, break_names=True)
+        table = _table(rows, shown, break_names=True, first=first)
     return table, shown
 
 
@@ -164,9 +122,9 @@ def _fits(table: Table) -> bool:
     return CONSOLE.measure(table).maximum < CONSOLE.width  # rich measures no more than the console's width
 
 
-def _table(rows: Sequence[Row], metrics: Sequence[str], break_names: bool = False) -> Table:
+def _table(rows: Sequence[Row], metrics: Sequence[str], break_names: bool = False, first: int = 0) -> Table:
     configs = [flat(row.config) for row in rows]
-    columns = {"#": [Text(str(number)) for number in range(len(rows))]}
+    columns = {"#": [Text(str(first + number)) for number in range(len(rows))]}
     for key in varying_keys([row.config for row in rows]):
         columns[key] = [Text(format_value(config.get(key, ""))) for config in configs]
     columns["status"] = [Text(str(row.status), style=_STYLES.get(row.status, "red")) for row in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from fa_research.config import Config
-from fa_research.discovery import discover
+from fa_research.discovery import discover, plugins
 from fa_research.errors import ConfigError
 from fa_research.workloads.base import Workload
 
@@ -14,7 +14,7 @@ __all__ = ["Workload", "create", "names"]
 
 @cache
 def _registry() -> dict[str, type[Workload]]:
-    return discover(__name__, Workload)  # type: ignore[type-abstract]
+    return discover(__name__, Workload, plugins())  # type: ignore[type-abstract]
 
 
 def names() -> tuple[str, ...]:

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROGRESS = """
 import logging
-from fa_research.tracking.screen import CONSOLE, log_handler, progress
+from fa_research.tracking.bars import progress
+from fa_research.tracking.screen import CONSOLE, log_handler
 logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log_handler()])
 with progress("timing", 3) as advance:
     for step in range(3):

@@ -1,0 +1,195 @@
+"""A sweep ends with a row for every cell: for those that raised, and for those that Hydra could not even compose."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, flag_override, open_dict
+
+from fa_research.errors import CellLost, ConfigError
+from fa_research.sweep import exclude
+from fa_research.sweep.cells import Cell, Composer
+from fa_research.sweep.outcome import clear_stop, outcome, request_stop, rows_by_hash, stop_requested
+from fa_research.sweep.view import SweepView, watching
+from fa_research.tracking import Row
+from fa_research.tracking.cell_rows import count_rows, record_failure, rows_of, write_row
+
+log = logging.getLogger(__name__)
+
+_BASIC = "BasicLauncher"  # by name: Hydra loads its plugins a second time, so that there are two such classes
+_DEFAULT_SUBDIR = "${hydra.job.num}"
+
+
+def pin_sweep_dir(config: DictConfig) -> None:
+    """All cells go to one folder, also where they differ in a value that `hydra.sweep.dir` is made of, as `study`.
+
+    Changes `config`, a sweep's own: each cell is composed from its overrides.
+    """
+    folder = str(config.hydra.sweep.dir).replace("'", "\\'")
+    with flag_override(config, "readonly", False):
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
+
+
+class RowPerCellLauncher(Launcher):
+    """Stands before another launcher and hands on the cells that can run and have not run yet.
+
+    A cell that cannot be composed gets a row that says why. A cell whose config has a row in the sweep's folder is left
+    alone, so that a sweep that was killed goes on where it stopped when it is started again with the same
+    `hydra.sweep.dir`, and one that was changed or extended runs only what is new.
+    """
+
+    def __init__(
+        self, launcher: Launcher, context: HydraContext, task: TaskFunction, config: DictConfig
+    ) -> None:
+        self.launcher, self.context, self.task, self.config = launcher, context, task, config
+        self.sweep_dir = Path(config.hydra.sweep.dir)
+        self.fail_fast = bool(config.sweep.fail_fast)
+        self.outcome = outcome(new=True)
+
+    def setup(self, **_: Any) -> None:
+        """Nothing: the launcher behind is set up already."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Raises ConfigError if no cell can be composed, or if `sweep.exclude` leaves none: the command is wrong."""
+        composer = Composer(self.context.config_loader, self.config)
+        cells = [composer.compose(initial_job_idx + i, typed) for i, typed in enumerate(job_overrides)]
+        if all(cell.error for cell in cells):
+            assert cells[0].error is not None
+            raise cells[0].error
+        cells = self._without_excluded(cells)
+        self.outcome.jobs += [cell.job for cell in cells]
+        clear_stop(self.sweep_dir)
+        wanted = self._without_rows(cells)
+        for cell in cells:
+            if cell.error is not None:
+                self._refuse(cell, cell.error)
+        log.info("%d of %d cells to run, into %s", len(wanted), len(cells), self.sweep_dir)
+        if stop_requested(self.sweep_dir):
+            self.outcome.not_run += [cell.job for cell in wanted]
+        elif type(self.launcher).__name__ == _BASIC:
+            self._run_here(wanted)
+        elif wanted:
+            self._hand_on(wanted)
+        return []  # what cells return is in the outcome: the sweeper would only look for exceptions
+
+    def _without_excluded(self, cells: list[Cell]) -> list[Cell]:
+        exclusions = exclude.parse(self.config.sweep.exclude)
+        composed = [cell for cell in cells if cell.error is None]
+        for text in exclude.check(exclusions, composed):
+            log.warning("sweep.exclude: %r matches no cell of this sweep", text)
+        out = {cell.job for cell in composed if any(entry.matches(cell) for entry in exclusions)}
+        if len(out) == len(cells):
+            raise ConfigError(
+                f"sweep.exclude={list(self.config.sweep.exclude)} leaves out every cell of the sweep"
+            )
+        if out:
+            log.info("sweep.exclude leaves out %d of %d cells", len(out), len(cells))
+        return [cell for cell in cells if cell.job not in out]
+
+    def _without_rows(self, cells: list[Cell]) -> list[Cell]:
+        """The composed cells that have to be run. A row that lies in another cell's folder is copied to this cell's."""
+        known = rows_by_hash(self.sweep_dir)
+        wanted = []
+        for cell in cells:
+            if cell.error is not None:
+                continue
+            row = known.get(cell.hash)
+            if row is None:
+                wanted.append(cell)
+                continue
+            log.info("\t#%d has its row already", cell.job)
+            if [last.to_json() for last in rows_of(self._folder(cell))[-1:]] != [row.to_json()]:
+                self._folder(cell).mkdir(parents=True, exist_ok=True)
+                write_row(self._folder(cell), row)
+        return wanted
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.sweep_dir / str(cell.job)
+
+    def _refuse(self, cell: Cell, error: ConfigError) -> None:
+        folder = self._folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        log.warning("\t#%d : %s: %s", cell.job, cell.text, error)
+        self._note(cell, record_failure(folder, error, cell.plain, rows_before=count_rows(folder)))
+        if self.fail_fast:
+            request_stop(self.sweep_dir)
+
+    def _run_here(self, cells: list[Cell]) -> None:
+        """What Hydra's basic launcher does, without composing each cell once more; a cell that Hydra cannot run, as on
+        a full disk, is the only one that is lost."""
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        with SweepView(len(cells), self.config.tracking.progress) as view:
+            for cell in cells:
+                if stop_requested(self.sweep_dir):
+                    self.outcome.not_run.append(cell.job)
+                    continue
+                view.begin(cell)
+                row = self._run(cell)
+                self._note(cell, row)
+                if row is not None:
+                    view.end(cell, row)
+
+    def _run(self, cell: Cell) -> Row | None:
+        assert cell.cfg is not None
+        with open_dict(cell.cfg):
+            cell.cfg.hydra.job.id = cell.cfg.hydra.job.num = cell.job
+        cfg, cell.cfg = cell.cfg, None  # composed configs of a long sweep are not kept
+        before = count_rows(self._folder(cell))
+        try:
+            done = run_job(
+                hydra_context=self.context,
+                task_function=self.task,
+                config=cfg,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+            )
+            row: Row | None = done.return_value
+        except OSError as error:
+            row = record_failure(self._folder(cell), error, cell.plain, rows_before=before)
+        finally:
+            configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        return row
+
+    def _hand_on(self, cells: list[Cell]) -> None:
+        """All at once to a launcher that may run them side by side. Launchers number their jobs without gaps, so each
+        cell is told its folder."""
+        own_subdir = self.config.hydra.sweep._get_node("subdir")._value() == _DEFAULT_SUBDIR
+        folders = [[f"hydra.sweep.subdir='{cell.job}'"] if own_subdir else [] for cell in cells]
+        jobs = [[*cell.overrides, *folder] for cell, folder in zip(cells, folders, strict=True)]
+        before = [count_rows(self._folder(cell)) for cell in cells]
+        _export_path()
+        try:
+            with watching(cells, self._folder):
+                returns = self.launcher.launch(jobs, cells[0].job)
+            rows = [done.return_value for done in returns]
+        except Exception as error:
+            log.exception("the launcher failed")
+            lost = CellLost([f"the launcher lost it: {' '.join(str(error).split())[:300]}"])
+            rows = [
+                record_failure(self._folder(cell), lost, cell.plain, rows_before=count)
+                for cell, count in zip(cells, before, strict=True)
+            ]
+        for cell, row in zip(cells, rows, strict=True):
+            self._note(cell, row)
+
+    def _note(self, cell: Cell, row: Row | None) -> None:
+        """Keep of a cell what its folder does not tell."""
+        if row is None:
+            self.outcome.not_run.append(cell.job)
+        elif row.to_json() not in [kept.to_json() for kept in rows_of(self._folder(cell))[-1:]]:
+            self.outcome.unwritten[cell.job] = row
+
+
+def _export_path() -> None:
+    """Processes that a launcher starts find this package where this one did, also where it is not installed."""
+    root, path = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")
+    if root not in path.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, path]))

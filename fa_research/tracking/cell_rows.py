@@ -1,0 +1,68 @@
+"""The rows in a cell's folder, and the row of a cell that raised."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from fa_research.config import config_hash, to_plain
+from fa_research.config.checkpoint import name_by_folder
+from fa_research.config.explain import explain
+from fa_research.tracking.environment import environment
+from fa_research.tracking.failures import failed_row
+from fa_research.tracking.records import ROWS_FILE, Row, RowWriter, read_rows
+
+log = logging.getLogger(__name__)
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """The rows in a cell's folder, oldest first; [] where there are none."""
+    path = folder / ROWS_FILE
+    return read_rows(path) if path.exists() else []
+
+
+def count_rows(folder: Path) -> int:
+    """Rows in this folder: of earlier attempts at the cell, or of another cell that had the folder before."""
+    return len(rows_of(folder))
+
+
+def record_failure(
+    output_dir: Path,
+    error: Exception,
+    cfg: DictConfig | dict[str, Any],
+    *,
+    rows_before: int,
+    overrides: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Row:
+    """The row of a cell that raised, written to `output_dir` unless the cell has written its own: one more than the
+    `rows_before` that were there when it began. `overrides` as for `config_hash`. Where the disk is full the row is
+    only returned, and the log says so."""
+    if len(written := rows_of(output_dir)) > rows_before:
+        return written[-1]
+    row = failed_row(error)
+    row.environment = environment()
+    row.notes += notes
+    try:
+        row.config, row.config_hash = to_plain(cfg), config_hash(cfg, overrides)
+        name_by_folder(row.config)
+    except OmegaConfBaseException as unresolved:
+        row.notes.append(explain(unresolved))
+    write_row(output_dir, row)
+    return row
+
+
+def write_row(folder: Path, row: Row) -> bool:
+    """Append a row to those of a folder; False, and an error in the log, where that fails."""
+    try:
+        with RowWriter(folder / ROWS_FILE) as writer:
+            writer.write(row)
+    except OSError as unwritable:
+        log.error("cannot write a row to %s: %s", folder / ROWS_FILE, unwritable)
+        return False
+    return True

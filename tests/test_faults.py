@@ -1,0 +1,175 @@
+"""What a cell does to its process costs that cell, whatever it is; a killed sweep goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fa_research.tracking import ROWS_FILE, Row, Status, read_rows
+from tests.test_cli import ROOT, SMALL, run_py
+
+PLUGINS = {"FA_RESEARCH_PLUGINS": "tests.faulty"}
+CELLS = {
+    "sound_a": Status.ok,
+    "raises": Status.error,
+    "hungry": Status.oom,
+    "sound_b": Status.ok,
+    "crashes": Status.error,
+    "kills_itself": Status.error,
+    "hangs": Status.error,
+    "exits": Status.error,
+    "sound_c": Status.ok,
+    "fills_the_disk": Status.error,
+}
+TIMEOUT = 5
+
+
+def sweep_of(names: list[str], cwd: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = ["-m", *SMALL, "device=cpu", f"backend.name={','.join(names)}", "hydra.sweep.dir=sweep", *args]
+    return run_py(*command, cwd=cwd, **PLUGINS, **env)
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One sweep with every fault in it."""
+    cwd = tmp_path_factory.mktemp("faults")
+    return cwd / "sweep", sweep_of(list(CELLS), cwd, f"measure.timeout_s={TIMEOUT}")
+
+
+def row_of(faults: tuple[Path, subprocess.CompletedProcess[str]], name: str) -> Row:
+    (row,) = [row for row in read_rows(faults[0] / ROWS_FILE) if row.config["backend"]["name"] == name]
+    return row
+
+
+def process_of(faults: tuple[Path, subprocess.CompletedProcess[str]], name: str) -> int:
+    """In which process a cell ran, from what its log kept of what that process said."""
+    log = (faults[0] / str(list(CELLS).index(name)) / "fa_research.log").read_text()
+    return int(re.findall(r"in process (\d+)", log)[0])
+
+
+def test_every_fault_costs_one_cell(faults: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    rows = read_rows(faults[0] / ROWS_FILE)
+    assert {row.config["backend"]["name"]: row.status for row in rows} == CELLS, faults[1].stdout
+    assert [row.config["backend"]["name"] for row in rows] == list(CELLS)
+    assert all(row.metrics["decode_step_us"] > 0 for row in rows if row.status is Status.ok)
+    assert faults[1].returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "reasons"),
+    [
+        ("raises", ["RuntimeError: a bug of this backend"]),
+        ("hungry", ["out of memory", "can't allocate memory"]),
+        ("crashes", ["was killed by SIGSEGV"]),
+        ("kills_itself", ["was killed by SIGKILL", "the last words"]),
+        ("hangs", [f"was stopped after measure.timeout_s={TIMEOUT}"]),
+        ("exits", ["ended with exit code 7"]),
+        ("fills_the_disk", ["OSError", "File too large"]),
+    ],
+)
+def test_the_row_says_what_happened(
+    name: str, reasons: list[str], faults: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    said = "; ".join(row_of(faults, name).reasons)
+    assert all(part in said for part in reasons), said
+
+
+def test_a_process_stays_for_the_next_cell_unless_it_is_spoilt(
+    faults: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    processes = {name: process_of(faults, name) for name in CELLS}
+    assert len({processes[name] for name in ("sound_a", "raises", "hungry", "sound_b", "crashes")}) == 1
+    assert processes["sound_c"] == processes["fills_the_disk"]
+    assert len(set(processes.values())) == 5
+
+
+def test_a_row_that_the_disk_did_not_take_is_on_the_screen(
+    faults: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = faults
+    number = list(CELLS).index("fills_the_disk")
+    assert read_rows(folder / str(number) / ROWS_FILE) == []
+    assert f"not on disk, which did not take them: #{number}" in done.stdout
+    assert "cannot write a row to" in done.stdout
+
+
+def test_the_bug_of_a_cell_has_its_traceback_in_the_log_of_that_cell(
+    faults: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    with_traceback = [
+        path.parent.name for path in faults[0].glob("*/fa_research.log") if "Traceback" in path.read_text()
+    ]
+    numbers = [list(CELLS).index(name) for name in ("raises", "fills_the_disk")]
+    assert sorted(map(int, with_traceback)) == numbers
+    assert "a bug of this backend" in faults[1].stdout
+
+
+def _wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < deadline:
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":  # ended, and nobody has asked how
+            return
+        time.sleep(0.02)
+    assert not Path(f"/proc/{pid}").exists(), "the worker outlived its sweep"
+
+
+def test_a_sweep_killed_in_mid_cell_and_resumed_equals_an_unbroken_one(tmp_path: Path) -> None:
+    names, gate = ["sound_a", "waits", "sound_b"], tmp_path / "gate"
+    gate.touch()
+    args = ["-m", *SMALL, "device=cpu", f"backend.name={','.join(names)}", "hydra.sweep.dir=sweep"]
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *args],
+        cwd=tmp_path,
+        env=os.environ | PLUGINS | {"FAULTY_GATE": str(gate)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    begun, deadline = gate.with_suffix(".pid"), time.monotonic() + 100
+    while not (begun.exists() and begun.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    _wait_until_gone(int(begun.read_text()))
+    (kept,) = read_rows(tmp_path / "sweep" / "0" / ROWS_FILE)
+    assert not (tmp_path / "sweep" / "1" / ROWS_FILE).exists() or not read_rows(
+        tmp_path / "sweep" / "1" / ROWS_FILE
+    )
+    gate.unlink()
+    resumed = sweep_of(names, tmp_path, FAULTY_GATE=str(gate))
+    assert resumed.returncode == 0, resumed.stderr
+    (tmp_path / "unbroken").mkdir()
+    assert sweep_of(names, tmp_path / "unbroken", FAULTY_GATE=str(gate)).returncode == 0
+    rows, unbroken = (read_rows(cwd / "sweep" / ROWS_FILE) for cwd in (tmp_path, tmp_path / "unbroken"))
+    assert rows[0] == kept, "the finished cell was not run again"
+    assert [(r.config_hash, r.status) for r in rows] == [(r.config_hash, r.status) for r in unbroken]
+    assert len({row.config_hash for row in rows}) == len(names)
+
+
+@pytest.mark.gpu
+def test_faults_of_a_gpu_cost_one_cell_each(tmp_path: Path) -> None:
+    expected = {
+        "sound_a": Status.ok,
+        "hungry": Status.oom,
+        "sound_b": Status.ok,
+        "illegal_access": Status.error,
+        "sound_c": Status.ok,
+        "asserts_on_the_device": Status.error,
+        "sound_d": Status.ok,
+    }
+    command = ["-m", *SMALL, "device=cuda", f"backend.name={','.join(expected)}", "hydra.sweep.dir=sweep"]
+    done = run_py(*command, cwd=tmp_path, timeout=280, **PLUGINS)
+    rows = {row.config["backend"]["name"]: row for row in read_rows(tmp_path / "sweep" / ROWS_FILE)}
+    assert {name: row.status for name, row in rows.items()} == expected, done.stdout + done.stderr
+    assert "illegal memory access" in "; ".join(rows["illegal_access"].reasons)
+    assert "device-side assert" in "; ".join(rows["asserts_on_the_device"].reasons)
+    for name in ("illegal_access", "asserts_on_the_device"):
+        assert any("context was lost" in note for note in rows[name].notes), rows[name].notes
+    assert done.stdout.count("a new worker process for the next cell") == 2
