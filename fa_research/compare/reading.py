@@ -67,10 +67,8 @@ class Record:
     def samples(self, metric: str) -> tuple[float, ...]:
         """The single timings that `metric` is the median of, or () where none were kept."""
         if own := self.row.samples.get(metric):
-            return tuple(own)
-        value = self.row.metrics.get(metric)
-        if own := self.row.samples.get(metric):
             return tuple(float(v) for v in own)
+        value = self.row.metrics.get(metric)
         stem = metric.removesuffix("_us")
         kept = [self.row.metrics.get(name) for name in (f"{stem}_samples_us", "samples_us")]
         kept += [values for name, values in self._series if name.rpartition("/")[2] == metric]

@@ -43,8 +43,7 @@ def read_against(config: Config, config_name: str | None, overrides: Sequence[st
                 f"{_KEY}={given}: {key} is of the run and the same for both; give keys of backend, kv, cuda_graph, "
                 "model, workload or sampling"
             )
-    kept = [text for text in overrides if text.lstrip("+").partition("=")[0] != _KEY]
-    typed = [*kept, *given, f"{_KEY}=[]"]
+    typed = [*overrides, *given, f"{_KEY}=[]"]  # the last of a key counts
     try:
         return load_config(compose(config_name, typed), typed)
     except ConfigError as error:

@@ -139,16 +139,6 @@ def test_nothing_to_read_is_said(tmp_path: Path) -> None:
         load([tmp_path])
 
 
-def test_samples_that_a_row_holds_go_before_those_beside_it(tmp_path: Path) -> None:
-    own, beside = noisy(100.0, seed=1), noisy(100.0, seed=2)
-    row = row_of(config_of(), own)
-    row.samples = {METRIC: own}
-    write_rows(tmp_path / ROWS_FILE, row)
-    write_series(tmp_path, beside)
-    (record,), _ = load([tmp_path])
-    assert record.samples(METRIC) == pytest.approx(own)
-
-
 @pytest.mark.parametrize("part", ["config", "environment", "checks", "reasons", "metrics"])
 def test_a_row_that_another_program_wrote_wrongly_is_named(tmp_path: Path, part: str) -> None:
     path = write_rows(tmp_path / ROWS_FILE, row_of(config_of("fa3"), noisy(1.0)), row_of(config_of("triton")))
