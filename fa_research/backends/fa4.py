@@ -119,9 +119,14 @@ class FA4Backend(AttentionBackend):
         return out_THV, lse_HT.transpose(0, 1) if return_lse else None
 
 
+# The DSL's word on a parameter of the package's own kernels, at each one's compilation.
+_NOISE = "Argument aux_data .* cannot be converted to a JitArgument"
+
+
 @cache
 def load() -> tuple[Any, str | None]:
     """`flash_attn.cute`, or None and why it cannot be had. Its import alone takes seconds."""
+    warnings.filterwarnings("ignore", _NOISE, UserWarning)
     try:
         with warnings.catch_warnings():  # of the packages that it imports
             warnings.simplefilter("ignore")
