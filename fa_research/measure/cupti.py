@@ -87,18 +87,16 @@ class CuptiWatch:
     method = "cupti"
 
     def __init__(self) -> None:
-        # Kineto would otherwise detach CUPTI after each record and attach it again, which breaks graphs captured
-        # before (pytorch/pytorch#75504).
-        os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
-        os.environ.setdefault("TEARDOWN_CUPTI", "0")
+        _keep_attached()
         self._samples = 0
+        # Not torch.profiler.profile, which imports torch._inductor: that takes seconds.
         self._profile: Any = torch.autograd.profiler.profile(
             use_cpu=False, use_device="cuda", use_kineto=True
         )
 
     def __enter__(self) -> Self:
         torch.cuda.synchronize()
-        with no_warnings():
+        with _no_warnings():
             self._profile.__enter__()
         return self
 
@@ -106,7 +104,7 @@ class CuptiWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         torch.cuda.synchronize()
-        with no_warnings():
+        with _no_warnings():
             self._profile.__exit__(kind, error, trace)
 
     def begin(self) -> None:
@@ -118,27 +116,26 @@ class CuptiWatch:
 
     def read(self) -> tuple[list[float], list[float]]:
         """Busy time and span of each sample, microseconds. Raises TimingError where records are missing."""
-        groups = split_by_marks(device_intervals(self._profile), self._samples)
+        groups = split_by_marks(self.intervals(), self._samples)
         return [busy_ns(group) / 1e3 for group in groups], [span_ns(group) / 1e3 for group in groups]
 
+    def intervals(self) -> list[Interval]:
+        """What the GPU did while it was entered."""
+        on_device = torch.autograd.DeviceType.CUDA
+        return [
+            Interval(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+            for event in self._profile.kineto_results.events()
+            if event.device_type() == on_device and not event.is_user_annotation()
+        ]
 
-def keep_attached() -> None:
+
+def _keep_attached() -> None:
     """Call before profiling: Kineto would otherwise detach CUPTI after each record and attach it again, which breaks
     graphs captured before (pytorch/pytorch#75504)."""
     os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
 
 
-def device_intervals(profile: Any) -> list[Interval]:
-    """What the GPU did during a finished `torch.autograd.profiler.profile`."""
-    on_device = torch.autograd.DeviceType.CUDA
-    return [
-        Interval(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in profile.kineto_results.events()
-        if event.device_type() == on_device and not event.is_user_annotation()
-    ]
-
-
-def no_warnings() -> warnings.catch_warnings:
+def _no_warnings() -> warnings.catch_warnings:
     """The profiler's own warnings differ between versions and say nothing to whoever times."""
     return warnings.catch_warnings(action="ignore")

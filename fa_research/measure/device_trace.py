@@ -1,4 +1,4 @@
-"""What ran on the device and when, as CUPTI saw it (through torch.profiler), and what being watched costs.
+"""What ran on the device and when, as CUPTI saw it (through torch's profiler), and what being watched costs.
 
 Only device activity is recorded: host operators would be slowed by their own records. Places in the trace are found by
 delimiters, tiny kernels of a name that nothing else has, so that no clock of the host is compared with the device's."""
@@ -12,9 +12,8 @@ from functools import cache
 from statistics import median
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from fa_research.measure.cupti import device_intervals, keep_attached, no_warnings
+from fa_research.measure.cupti import CuptiWatch
 
 _DELIMITER = "spin_kernel"  # of torch.cuda._sleep
 _CHAIN = 256  # kernels of a calibration
@@ -63,21 +62,16 @@ def delimit() -> None:
 
 def trace(run: Callable[[], object]) -> list[Kernel]:
     """The device's activity while `run` ran, by start. Raises TraceError where the profiler cannot start."""
-    keep_attached()
-    profiler = profile(activities=[ProfilerActivity.CUDA])
-    torch.cuda.synchronize()
+    watch = CuptiWatch()
     try:
-        with no_warnings():
-            profiler.start()
+        watch.__enter__()
     except RuntimeError as error:
-        raise TraceError(f"torch.profiler does not start ({error})") from error
+        raise TraceError(f"torch's profiler does not start ({error})") from error
     try:
         run()
-        torch.cuda.synchronize()
     finally:
-        with no_warnings():
-            profiler.stop()
-    found = device_intervals(profiler.profiler)
+        watch.__exit__(None, None, None)
+    found = watch.intervals()
     origin = min((i.start_ns for i in found), default=0)  # nanoseconds of the epoch do not fit into a float
     kernels = [Kernel(i.name, (i.start_ns - origin) / 1e3, (i.end_ns - origin) / 1e3) for i in found]
     return sorted(kernels, key=lambda kernel: kernel.start_us)
