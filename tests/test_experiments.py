@@ -1,8 +1,11 @@
-"""Every preset composes, every cell that it sweeps is valid, and no two of them are one. No cell is run, no torch."""
+"""Every preset composes, every cell that it sweeps is valid, and no two of them are one; what the studies tell to type
+can be typed. No cell is run, no torch."""
 
 from __future__ import annotations
 
 import copy
+import re
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -13,8 +16,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from fa_research.config import Config, config_hash, load_config
+from fa_research.compare.__main__ import parser
+from fa_research.config import Config, config_hash, load_config, to_plain
 from fa_research.config.store import CONFIG_DIR, choices, register
+from tests.test_imports import ROOT
 
 PRESETS = choices("experiment")
 # Sweeps of the lab are to end within minutes: about a second a cell.
@@ -78,3 +83,42 @@ def test_a_prompt_is_as_long_whatever_of_it_is_cached() -> None:
     workloads: list[Any] = [config.workload for config in configs("extend_prefix")]
     lens = {(workload.prefix_len, workload.new_len) for workload in workloads}
     assert len(lens) == 7 and {prefix + new for prefix, new in lens} == {32768}
+
+
+STUDIES = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/README.md"))
+
+
+def commands(study: str) -> list[list[str]]:
+    """What a study's README tells to type, in shell blocks: the words of each line."""
+    text = (ROOT / "experiments" / study / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_what_a_study_tells_to_type_exists(study: str) -> None:
+    for words in commands(study):
+        if words[:2] == ["python", "run.py"]:
+            compose("config", [w for w in words[2:] if w not in ("-m", "--multirun")])  # a sweep may complete it
+        elif words[:3] == ["python", "-m", "fa_research.compare"]:
+            options = parser().parse_args(words[3:])
+            assert all(path.parts[:2] == ("experiments", study) for path in options.paths)
+            for key in (options.question, *options.ignore):
+                assert any(
+                    key_exists(config, key) for preset in presets_of(study) for config in configs(preset)
+                )
+
+
+def presets_of(study: str) -> list[str]:
+    """The presets whose rows a study keeps: they have its name in front."""
+    return [preset for preset in PRESETS if preset.startswith(study)]
+
+
+def key_exists(config: Config, dotted: str) -> bool:
+    plain: Any = to_plain(config)
+    for name in dotted.split("."):
+        if not isinstance(plain, dict) or name not in plain:
+            return False
+        plain = plain[name]
+    return True
