@@ -100,7 +100,9 @@ def commands(study: str) -> list[list[str]]:
 def test_what_a_study_tells_to_type_exists(study: str) -> None:
     for words in commands(study):
         if words[:2] == ["python", "run.py"]:
-            compose("config", [w for w in words[2:] if w not in ("-m", "--multirun")])  # a sweep may complete it
+            compose(
+                "config", [w for w in words[2:] if w not in ("-m", "--multirun")]
+            )  # a sweep may complete it
         elif words[:3] == ["python", "-m", "fa_research.compare"]:
             options = parser().parse_args(words[3:])
             assert all(path.parts[:2] == ("experiments", study) for path in options.paths)
