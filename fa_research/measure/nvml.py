@@ -36,8 +36,8 @@ _MOST_READINGS = 8  # in one wait
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One look at the GPU; what NVML does not know of it is None. `power_w` is NVML's, on recent GPUs the average of the
-    last second, idle time included. `reasons` is NVML's bit mask."""
+    """One look at the GPU; what NVML does not know of it is None. `power_w` is on recent GPUs the average of the last
+    second, idle time included. `reasons` is NVML's bit mask."""
 
     sm_clock_mhz: int | None = None
     power_w: float | None = None
