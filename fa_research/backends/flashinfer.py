@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
 import torch
@@ -25,8 +24,9 @@ from fa_research.attention.lowering import Lowering
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.backends.flashinfer_plans import Partials, Staging, cumulative, paged_rows
 from fa_research.backends.flashinfer_support import (
-    compute_capability,
     import_flashinfer,
+    installed_version,
+    on_hopper,
     read_options,
     reasons_unavailable,
 )
@@ -84,13 +84,8 @@ class FlashInferBackend(AttentionBackend):
     def notes(self) -> tuple[str, ...]:
         specs = [lowering.spec for lowering in self.lowerings]
         cores = sorted({"tensor" if self._tensor_cores(spec) else "CUDA" for spec in specs})
-        try:
-            installed = version("flashinfer-python")
-        except PackageNotFoundError:
-            installed = "of unknown version"
-        return (
-            f"flashinfer {installed}: extends by {self._extends_by}, decode on {' and '.join(cores)} cores",
-        )
+        decode = f"decode on {' and '.join(cores)} cores"
+        return (f"flashinfer {installed_version()}: extends by {self._extends_by}, {decode}",)
 
     def lower(self, spec: AttentionSpec) -> Lowering:
         lowering = super().lower(spec)
@@ -117,7 +112,7 @@ class FlashInferBackend(AttentionBackend):
     def _extends_by(self) -> str:
         if self._asked != "auto":
             return self._asked
-        return "fa3" if compute_capability(self.settings.device)[0] == 9 else "fa2"
+        return "fa3" if on_hopper(self.settings.device) else "fa2"
 
     def _tensor_cores(self, spec: AttentionSpec) -> bool:
         if self._asked_tensor_cores is not None:

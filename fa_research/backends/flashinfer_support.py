@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
@@ -37,7 +38,7 @@ def _device_reasons(settings: BackendSettings) -> Iterator[str]:
     if settings.device.type != "cuda" or not torch.cuda.is_available():
         yield "needs an NVIDIA GPU of compute capability 8.0 or newer; there is no CUDA device here"
         return
-    major, minor = compute_capability(settings.device)
+    major, minor = torch.cuda.get_device_capability(settings.device)
     if major < 8:
         yield f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
     if settings.options.get("implementation") == "fa3" and major != 9:
@@ -47,9 +48,17 @@ def _device_reasons(settings: BackendSettings) -> Iterator[str]:
         )
 
 
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """(0, 0) without a GPU."""
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+def on_hopper(device: torch.device) -> bool:
+    """False without a GPU."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def installed_version() -> str:
+    """For notes; the package need not be there."""
+    try:
+        return version("flashinfer-python")
+    except PackageNotFoundError:
+        return "of unknown version"
 
 
 def import_flashinfer() -> ModuleType:
