@@ -20,7 +20,7 @@ p.lead { font-size: 17px; margin: 8px 0; max-width: 75ch; }
 a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
 nav a { margin-right: 16px; font-size: 14px; }
 figure { margin: 22px 0 30px; overflow-x: auto; } figure svg { max-width: 100%%; height: auto; display: block; }
-figure svg { min-width: min(100%%, 420px); } figure svg text { font-family: inherit; }
+@media (max-width: 640px) { figure svg { max-width: none; } } figure svg text { font-family: inherit; }
 figure a:hover path { stroke-width: 3.5px; }
 figcaption { margin-top: 4px; max-width: 85ch; }
 .scroll { overflow-x: auto; }

@@ -14,7 +14,10 @@ import pytest
 
 from fa_research.compare import Comparison, compare
 from fa_research.compare.__main__ import main
-from fa_research.compare.page import MOST_BYTES, page
+from fa_research.compare.html import MOST_BYTES
+from fa_research.compare.overview import read_sweep
+from fa_research.compare.page import page
+from fa_research.compare.sweep_page import sweep_page
 from fa_research.tracking import ROWS_FILE, Status
 from tests.compare.pages import Page
 from tests.compare.results import config_of, noisy, row_of, sweep, write_rows
@@ -24,7 +27,9 @@ ALTAIR = pytest.importorskip("altair", reason="needs the extra report")
 pytest.importorskip("vl_convert", reason="needs the extra report")
 
 from fa_research.compare.figures import Figure, draw  # noqa: E402
+from fa_research.compare.figures.costs import regret_figure  # noqa: E402
 from fa_research.compare.figures.images import png, repacked, svg  # noqa: E402
+from fa_research.compare.figures.page_size import page_size_figure  # noqa: E402
 from fa_research.compare.figures.theme import DARK, LIGHT, TONES, palette  # noqa: E402
 
 TIMES = {
@@ -179,10 +184,16 @@ def test_a_thousand_rows_fit(tmp_path: Path) -> None:
             rows.append(row_of(own, noisy(100.0 + context / 64, seed=seed)))
     assert len(rows) > 1000
     found = compare([write_rows(tmp_path / ROWS_FILE, *rows)], "backend")
-    text = page(found, [(svg(figure), figure.caption) for figure in draw(found)])
+    figures = [figure for make in (regret_figure, page_size_figure) if (figure := make(found))]
+    assert len(figures) == 2  # those that draw every row; the others stop at some number of cells
+    text = page(found, [(svg(figure), figure.caption) for figure in figures])
     assert len(text.encode()) < MOST_BYTES
     links = Page(text)
     assert {link[1:] for link in links.links} <= set(links.ids)
+    sweep_ = read_sweep(tmp_path)
+    whole = sweep_page(sweep_, [[(c, []) for c in [None, *part.asked]] for part in sweep_.parts])
+    assert len(whole.encode()) < MOST_BYTES
+    assert {f"row-{number}" for number in range(len(rows))} <= set(Page(whole).ids)
 
 
 def test_the_command_writes_all_of_it(tmp_path: Path) -> None:

@@ -155,6 +155,33 @@ def test_a_ledgers_parts_end_where_the_sum_is() -> None:
     assert bar.pieces(10.0)[1]["description"] == "fa3: attention 6 us, 60.0 % of 10 us"
 
 
+def test_a_front_leaves_out_what_another_beats_in_both() -> None:
+    from fa_research.compare.figures.economics import front
+
+    points = [{"x": x, "y": y} for x, y in ((1, 5), (2, 5), (3, 4), (2.5, 3), (4, 1), (3, 3.5))]
+    assert [(p["x"], p["y"]) for p in front(points)] == [(2, 5), (3, 4), (4, 1)]
+
+
+def test_replayed_traces_have_their_economics(tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="needs the extra report")
+    rows = []
+    for page in (1, 16, 64):
+        found = {"live_requests_mean": 60.0 - page / 8, "tokens_per_s": 5e4 + 100 * page}
+        found |= {"waste_fraction_mean": page / 400, "prefix_hit_fraction": 0.4 - page / 1000}
+        rows.append(
+            row_of(
+                config_of(page=page),
+                noisy(1000.0),
+                **{f"trace_{name}": value for name, value in found.items()},
+            )
+        )
+    files = write(write_sweep(tmp_path, *((row, ()) for row in rows)))
+    assert {"pareto.png", "trace.png"} <= {path.name for path in files}
+    text = files[0].read_text()
+    assert "page size 64, 52 requests, 56,400 tokens/s" in text
+    assert "page size 64: 16 %" in text  # of the slots in use
+
+
 @pytest.mark.parametrize("metrics", [{}, {"trace_note": 1.0}])
 def test_two_cells_without_a_gpu_have_a_report(tmp_path: Path, metrics: dict) -> None:
     pytest.importorskip("vl_convert", reason="needs the extra report")

@@ -73,7 +73,7 @@ def regret_figure(comparison: Comparison) -> Figure | None:
     color, _ = encodings(comparison)
     color = color.legend(None)
     ticks = chart_of(points).mark_tick(thickness=2, size=20, opacity=0.75)
-    along = cost_axis(0.0, max(p["x"] for p in points))
+    along = cost_axis(0.0, 1.12 * max(p["x"] for p in points))  # room for the words at a mean
     ticks = ticks.encode(x=along, y=down, color=color, href="href:N", description="description:N")
     base = chart_of(means).encode(x=along, y=down)
     dots = base.mark_point(filled=True, size=110, shape="diamond", color=FG, opacity=1)

@@ -40,7 +40,7 @@ def decision_figure(comparison: Comparison) -> Figure | None:
         .sort([_row_name(where) for where, _ in rows])
         .title(down)
         .scale(gap)
-        .axis(labelLimit=420),
+        .axis(alt.Axis(labelLimit=420) if drawn.keys else None),
     )
     boxes = base.mark_rect(opacity=0.42, cornerRadius=3).encode(
         color=alt.Color("label:N").scale(domain=names, range=colors).title("wins"),
@@ -56,7 +56,7 @@ def decision_figure(comparison: Comparison) -> Figure | None:
     shown = f" The first {len(rows)} of {len(drawn.rows)} rows." if len(rows) < len(drawn.rows) else ""
     caption = (
         "The best choice where it is surely better, and by how much the next is behind. Differences below "
-        f"{comparison.tie * 100:g} % or not sure are ties.{shown}"
+        f"{comparison.tie * 100:g} % or not sure are ties; alone: no other has a number there.{shown}"
     )
     return Figure("decision", f"Which {comparison.question.title} wins where", caption, chart)
 
@@ -75,5 +75,7 @@ def _place(comparison: Comparison, number: int) -> Point:
         by = by if len(by) <= 16 else f"of {len(verdict.best)}"
     elif second and not verdict.is_tie:
         by = f"by {excess(verdict.costs[second]).partition(' [')[0]}"
+    elif len(verdict.costs) == 1:
+        by = "alone"  # the others failed here: no win to build on
     said = f"{cell.title}: {outcome(comparison, cell, verdict)}"
     return {"label": winner(verdict), "by": by, "href": f"#{comparison.anchor}-{number}", "description": said}
