@@ -279,6 +279,7 @@ def test_a_sweep_makes_a_row_for_each_cell_and_a_table(tmp_path: Path) -> None:
     done = run_py("-m", "backend=torch,triton", "kv.page_size=1,16", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = [p for p in tmp_path.glob(f"outputs/default/*/{ROWS_FILE}") if "sweep" in p.parent.name]
+    assert 'id="row-3"' in (path.parent / "report.html").read_text()
     rows = read_rows(path)
     cells = [(row.config["backend"]["name"], row.config["kv"]["page_size"]) for row in rows]
     assert cells == [("torch", 1), ("torch", 16), ("triton", 1), ("triton", 16)]

@@ -147,6 +147,17 @@ def test_the_roof_is_the_one_in_the_rows(files: list[Path], text: str) -> None:
     assert "2,001 GB/s, 4 TFLOP/s" in text
 
 
+def test_a_point_of_the_roofline_is_its_operations_per_byte_and_its_rate(folder: Path) -> None:
+    from fa_research.compare.figures.roofline import _points
+
+    lines = read_sweep(folder).parts[0].lines
+    assert lines is not None
+    points, roofs = _points(lines, "decode_step")
+    # 4 TFLOP/s at 2,001 or 2,016 GB/s
+    assert {(round(p["x"], 4), p["y"]) for p in points} == {(1.999, 4.0), (1.9841, 4.0)}
+    assert set(roofs) == {(4000.0, 800.0)}
+
+
 def test_a_ledgers_parts_end_where_the_sum_is() -> None:
     from fa_research.compare.figures.ledger import _Bar
 
