@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from fa_research.compare.kernel_rows import KernelRows, key_of, path_us, rest_bytes
-from fa_research.compare.keys import ABSENT, readable, text_of, varying
+from fa_research.compare.keys import ABSENT, order_of, readable, text_of, varying
 from fa_research.compare.reading import Record, load
 from fa_research.errors import ConfigError
 from fa_research.tracking import Status
@@ -140,11 +140,12 @@ def _shortest(why: Sequence[str]) -> str:
     return min(why, key=len)
 
 
-def _name(cells: Sequence[Closed]) -> None:
+def _name(cells: list[Closed]) -> None:
     records = [cell.record for cell in cells]
     keys = readable(varying(records), records) or ["workload.batch_size", "workload.context_len"]
     for cell in cells:
         cell.where = {key: cell.record.config.get(key, ABSENT) for key in keys}
+    cells.sort(key=lambda cell: [order_of(value) for value in cell.where.values()])
 
 
 def _groups(cells: Iterable[Closed]) -> list[list[Closed]]:

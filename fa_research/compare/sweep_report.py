@@ -11,6 +11,7 @@ from fa_research.errors import ConfigError
 from fa_research.tracking import CONSOLE
 
 REPORT_FILE = "report.html"
+_SCALE = 1.5  # of PNGs; every sweep waits for them
 
 
 def write(sweep_dir: Path) -> list[Path]:
@@ -47,7 +48,7 @@ def _draw(sweep: Sweep, folder: Path) -> tuple[Drawn, list[Path]]:
             texts = []
             for figure in figures:
                 images.append(folder / f"{figure.name}.png")
-                images[-1].write_bytes(png(figure))
+                images[-1].write_bytes(png(figure, _SCALE))
                 texts.append((svg(figure), figure.caption))
             drawn[-1].append((comparison, texts))
     return drawn, images

@@ -31,14 +31,14 @@ def _drawn(figure: Figure) -> str:
     return str(vl_convert.vegalite_to_svg(spec(figure)))
 
 
-def png(figure: Figure) -> bytes:
-    """On white, at twice the size of the page."""
+def png(figure: Figure, scale: float = _PNG_SCALE) -> bytes:
+    """On white, at `scale` times the size of the page."""
     import vl_convert
 
     white = re.sub(
         r"(<svg[^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', _drawn(figure), count=1
     )
-    return repacked(vl_convert.svg_to_png(white, scale=_PNG_SCALE))
+    return repacked(vl_convert.svg_to_png(white, scale=scale))
 
 
 def svg(figure: Figure) -> str:

@@ -45,7 +45,7 @@ def _bars(comparison: Comparison, unit: str) -> Figure | None:
     top = max(e["x"] for e in ends)
     along = alt.X("x:Q").title(axis).scale(domain=[0, top * 1.14], nice=False)
     along = along.axis(values=[0, 20, 40, 60, 80, 100] if shares else alt.Undefined)
-    down = alt.Y("bar:N").sort([bar.name for bar in bars]).title(None).axis(labelLimit=420)
+    down = alt.Y("bar:N").sort(None).title(None).axis(labelLimit=420)
     boxes = chart_of(points).mark_bar()
     color = alt.Color("label:N").scale(colors).title(None)
     boxes = boxes.encode(x=along, x2="end:Q", y=down, color=color, href="href:N", description="description:N")
