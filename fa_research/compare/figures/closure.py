@@ -27,7 +27,7 @@ def closure_figure(closure: Closure) -> Figure:
     along = alt.X("x:Q").title("predicted over measured (%)")
     along = along.scale(domain=[min(ends) - pad, max(ends) + pad], nice=False)
     down = alt.Y("cell:N").sort([title_of(cell.where) for cell in cells]).title(None)
-    dots = chart_of(points).mark_point(filled=True, size=70, opacity=1)
+    dots = chart_of(points).mark_point(filled=False, size=70, strokeWidth=2, opacity=1)
     dots = dots.encode(
         x=along,
         y=down.axis(labelLimit=420, grid=True),

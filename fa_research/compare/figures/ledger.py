@@ -99,7 +99,9 @@ def _read(comparison: Comparison, unit: str) -> list[_Bar]:
             costs = {part: metrics.get(f"{unit}_ledger_{part}_us") for part in PARTS}
             kept = {p: float(c) for p, c in costs.items() if isinstance(c, int | float) and c >= 0}
             if sum(kept.values()) > 0:
-                name = ", ".join(filter(None, [label, title_of(cell.where)]))
+                key = comparison.question.title.rpartition(".")[2]
+                answer = label if key == "backend" else f"{key}={label}"
+                name = ", ".join(filter(None, [answer, title_of(cell.where)]))
                 bars.append(_Bar(name, linked(comparison, cell, entry), kept, metrics.get(f"{unit}_us")))
         cells += [bars] if bars else []
     fits = max(1, _MOST_BARS * len(cells) // max(1, sum(map(len, cells))))
