@@ -147,9 +147,9 @@ def in_torch(name: str, plan_each: bool, scene: Scene) -> Prepared:
     return Prepared(out, chain, wait_torch)
 
 
-def in_jax(attend: Callable[[dict[str, Any]], Any], scene: Scene) -> Prepared:
+def in_jax(attend: Callable[[dict[str, Any]], Any], scene: Scene, together: bool = False) -> Prepared:
     """Calls under jit, each on the result of the one before: in a large batch a program each, which the host starts
-    ahead of the device; else all in one program, so that starting programs is not what is timed."""
+    ahead of the device, unless `together`; else all in one program, so that starting programs is not what is timed."""
     arrays, once = scene.arrays(), jax.jit(attend)
 
     def programs() -> Any:
@@ -164,7 +164,7 @@ def in_jax(attend: Callable[[dict[str, Any]], Any], scene: Scene) -> Prepared:
         return arrays["q"]
 
     one_program = jax.jit(chain)
-    run = programs if scene.q_BHD.shape[0] > 1 else lambda: one_program(arrays)
+    run = programs if scene.q_BHD.shape[0] > 1 and not together else lambda: one_program(arrays)
     return Prepared(to_torch(once(arrays)), run, jax.block_until_ready)
 
 
@@ -229,7 +229,10 @@ def measure(small: bool) -> Iterator[Row]:
         for name in (("torch",) if small else ("fa3", "triton"))
         for each in (False, True)
     ]
-    cases += [(name, functools.partial(in_jax, attend)) for name, attend in variants(interpret=small)]
+    for name, attend in variants(interpret=small):
+        cases += [(name, functools.partial(in_jax, attend))]
+        if name.startswith("jit"):
+            cases += [(f"{name}, one program", functools.partial(in_jax, attend, together=True))]
     for name, prepare in cases:
         config = {
             "variant": name,

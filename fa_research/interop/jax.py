@@ -77,14 +77,15 @@ def paged_attention(
     jax = import_jax()
     jnp = jax.numpy
     k_PSKD, v_PSKV, page_table_BP = _one_layer(jax, k_PSKD, v_PSKV, page_table_BP, layer)
-    if cu_seqlens_q_B1 is None:
+    decode = cu_seqlens_q_B1 is None
+    if decode:
         check(
             q_THD.shape[0] == cache_seqlens_B.shape[0],
             f"cu_seqlens_q_B1=None means one query a request, there are {q_THD.shape[0]} queries and "
             f"{cache_seqlens_B.shape[0]} requests",
         )
         max_seq_len_q = 1
-        cu_seqlens_q_B1 = np.arange(q_THD.shape[0] + 1, dtype=np.int32)  # a constant of the program
+        cu_seqlens_q_B1 = np.arange(q_THD.shape[0] + 1, dtype=np.int32)
     check_arguments(q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B, cu_seqlens_q_B1, sinks_H)
     _, heads, head_dim = q_THD.shape
     spec = AttentionSpec(
@@ -100,8 +101,10 @@ def paged_attention(
     on = _torch_device(jax, q_THD, device)
     longest = max_seq_len_k or page_table_BP.shape[1] * k_PSKD.shape[1]
     settings = (on, getattr(torch, str(q_THD.dtype)), k_PSKD.shape[1], longest)
-    served = _Served(_backend(backend, *settings, spec), max_seq_len_q or q_THD.shape[0], longest, return_lse)
-    arrays = [q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B, cu_seqlens_q_B1]
+    serving = _backend(backend, *settings, spec)
+    served = _Served(serving, decode, max_seq_len_q or q_THD.shape[0], longest, return_lse)
+    arrays = [q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B]
+    arrays += [] if decode else [cu_seqlens_q_B1]  # XLA would run a kernel to make a constant
     arrays += [] if sinks_H is None else [sinks_H]
     results = [jax.ShapeDtypeStruct((*q_THD.shape[:2], spec.v_head_dim), q_THD.dtype)]
     results += [jax.ShapeDtypeStruct(q_THD.shape[:2], jnp.float32)] if return_lse else []
@@ -136,12 +139,12 @@ class _Backend:
         self,
         tensors: Sequence[Tensor],
         metadata: FlashAttentionMetadata,
+        sinks_H: Tensor | None,
         out_THV: Tensor,
         lse_TH: Tensor | None,
     ) -> None:
         """Attention into the outputs; LSE where there is a place for it."""
-        q_THD, k_PSKD, v_PSKV = tensors[:3]
-        sinks_H = tensors[6] if len(tensors) > 6 else None
+        q_THD, k_PSKD, v_PSKV = tensors
         (lowering,) = self.backend.lowerings
         late_sinks = sinks_H is not None and lowering.sink_epilogue
         self.backend.plan(metadata, lowering)
@@ -168,12 +171,14 @@ class _Served:
     """What a custom call runs. Calls that are equal share a number, and so the wrappers of their addresses."""
 
     backend: _Backend
+    decode: bool  # one query a request, and no cumulative lengths among the inputs
     max_seq_len_q: int
     max_seq_len_k: int
     return_lse: bool
 
     def __call__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        table_BP, seqlens_B, cu_seqlens_q_B1 = inputs[3:6]
+        table_BP, seqlens_B, *rest = inputs[3:]
+        cu_seqlens_q_B1 = _one_each(len(seqlens_B), seqlens_B.device) if self.decode else rest.pop(0)
         cu_seqlens_k_B1 = seqlens_B.new_empty(len(seqlens_B) + 1, device="meta")  # hardly any kernel reads it
         if self.backend.backend.reads_cu_seqlens_k:
             cu_seqlens_k_B1 = pad(seqlens_B.cumsum(0, dtype=torch.int32), (1, 0))
@@ -186,7 +191,14 @@ class _Served:
             self.max_seq_len_q,
             self.max_seq_len_k,
         )
-        self.backend.attend(inputs, metadata, outputs[0], outputs[1] if self.return_lse else None)
+        sinks_H = rest[0] if rest else None
+        lse_TH = outputs[1] if self.return_lse else None
+        self.backend.attend(inputs[:3], metadata, sinks_H, outputs[0], lse_TH)
+
+
+@cache
+def _one_each(batch: int, device: torch.device) -> Tensor:
+    return torch.arange(batch + 1, dtype=torch.int32, device=device)
 
 
 @cache
