@@ -19,7 +19,7 @@ from fa_research.batch import ForwardMode
 from fa_research.config import GraphMode
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.errors import ConfigError
-from fa_research.interop.jax import _backend as interop_backend
+from fa_research.interop.served import shared_backend as interop_backend
 from fa_research.masks import Causal, Chunked, Full, Mask, SlidingWindow
 from fa_research.spec import AttentionSpec
 from tests.backends.flashinfer_stand_in import FlashInferOnCPU, _Wrapper, install
