@@ -111,6 +111,32 @@ def test_the_bug_of_a_cell_has_its_traceback_in_the_log_of_that_cell(
     assert "a bug of this backend" in faults[1].stdout
 
 
+def test_a_full_disk_costs_the_cells_that_it_did_not_take(tmp_path: Path) -> None:
+    """A file system of 64 KiB, on which not even Hydra can make its files after some cells."""
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]).returncode:
+        pytest.skip("this system lets nobody mount a small file system in a name space of their own")
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "-m",
+        *SMALL,
+        "device=cpu",
+        "seed=range(5)",
+        "hydra.sweep.dir=sweep",
+    ]
+    script = 'mount -t tmpfs -o size=64k tmpfs "$0" && cd "$0" && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, str(tmp_path), *command],
+        env=os.environ | {"COLUMNS": "160"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "#0 ok" in done.stdout and "#4 error: OSError: [Errno 28] No space left on device" in done.stdout
+    assert "5 rows in sweep" in done.stdout
+    unwritten = re.search(r"not on disk, which did not take them: (.*)", done.stdout)
+    assert unwritten is not None and unwritten[1].endswith("#4")
+    assert "Logging error" not in done.stderr, done.stderr
+
+
 def _wait_until_gone(pid: int) -> None:
     deadline = time.monotonic() + 20
     while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < deadline:

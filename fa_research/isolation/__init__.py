@@ -18,7 +18,7 @@ from fa_research.isolation.gpus import GpuShare, lock_folder, visible_gpus
 from fa_research.isolation.worker import Request
 from fa_research.tracking import Row, bars
 
-__all__ = ["close", "run_apart"]
+__all__ = ["close", "prepare", "run_apart"]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def run_apart(
     Waits for the GPU where another process of this user runs a cell on it. Raises CellLost if the worker died or took
     longer than `measure.timeout_s`; whatever else goes wrong in a cell comes back as a row.
     """
-    share = None if config.device is Device.cpu else _my_share()
+    share = _share_for(config.device)
     worker = _ready_worker(share)
     request = Request(config, resolved, output_dir, against, draws=bars.cell_progress is not None)
     with share.turn(log.info) if share else nullcontext():
@@ -50,6 +50,11 @@ def run_apart(
     return Row.from_json(done.row)
 
 
+def prepare(device: Device) -> None:
+    """Start the worker for cells that come soon, so that its imports are done by then."""
+    _ready_worker(_share_for(device))
+
+
 def close() -> None:
     """End the worker; the next cell starts another."""
     global _share
@@ -62,9 +67,11 @@ def close() -> None:
 atexit.register(close)
 
 
-def _my_share() -> GpuShare | None:
-    """The GPU of this process, chosen once; None where there is none."""
+def _share_for(device: Device) -> GpuShare | None:
+    """The GPU of this process, chosen once; None where there is none, or none is asked for."""
     global _share
+    if device is Device.cpu:
+        return None
     if _share is None and (gpus := visible_gpus()):
         _share = GpuShare(gpus, lock_folder())
     return _share

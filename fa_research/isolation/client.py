@@ -58,7 +58,7 @@ class Worker:
             )
         stdout, stderr = (_Lines(cast(RawIOBase, s)) for s in (self._process.stdout, self._process.stderr))
         stdout.show, stderr.show = _print, log.info
-        self._out, self._errors = stdout, stderr
+        self._out, self._errors, self._used = stdout, stderr, False
 
     @property
     def alive(self) -> bool:
@@ -66,6 +66,7 @@ class Worker:
 
     def run(self, request: Request, timeout_s: float) -> Done:
         """Run one cell. Raises CellLost if the process does not live to its end, or is ended after `timeout_s`."""
+        self._used = True
         self._out.begin_cell()
         self._errors.begin_cell()
         with suppress(OSError):  # it died since the last cell: reading will tell how
@@ -130,10 +131,10 @@ class Worker:
         self._close_pipes()
 
     def close(self) -> None:
-        """Let it end by itself, for a moment."""
+        """Give it a moment to end by itself, if it has run a cell."""
         self._connection.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=5 if self._used else 0)
         self.kill()
 
     def _close_pipes(self) -> None:

@@ -127,6 +127,7 @@ class _Sender(logging.Handler):
 
     def __init__(self, line: Line) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))
         self._line = line
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, flag_override, open_dict
+from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 
 from fa_research.errors import CellLost, ConfigError
 from fa_research.sweep import exclude
@@ -24,6 +24,7 @@ from fa_research.tracking.cell_rows import count_rows, record_failure, rows_of, 
 log = logging.getLogger(__name__)
 
 _BASIC = "BasicLauncher"  # by name: Hydra loads its plugins a second time, so that there are two such classes
+_MANY = 10  # cells
 _DEFAULT_SUBDIR = "${hydra.job.num}"
 
 
@@ -52,20 +53,19 @@ class RowPerCellLauncher(Launcher):
         self.sweep_dir = Path(config.hydra.sweep.dir)
         self.fail_fast = bool(config.sweep.fail_fast)
         self.outcome = outcome(new=True)
+        clear_stop(self.sweep_dir)
 
     def setup(self, **_: Any) -> None:
         """Nothing: the launcher behind is set up already."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Raises ConfigError if no cell can be composed, or if `sweep.exclude` leaves none: the command is wrong."""
-        composer = Composer(self.context.config_loader, self.config)
-        cells = [composer.compose(initial_job_idx + i, typed) for i, typed in enumerate(job_overrides)]
+        cells = self._compose(job_overrides, initial_job_idx)
         if all(cell.error for cell in cells):
             assert cells[0].error is not None
             raise cells[0].error
         cells = self._without_excluded(cells)
         self.outcome.jobs += [cell.job for cell in cells]
-        clear_stop(self.sweep_dir)
         wanted = self._without_rows(cells)
         for cell in cells:
             if cell.error is not None:
@@ -73,11 +73,26 @@ class RowPerCellLauncher(Launcher):
         log.info("%d of %d cells to run, into %s", len(wanted), len(cells), self.sweep_dir)
         if stop_requested(self.sweep_dir):
             self.outcome.not_run += [cell.job for cell in wanted]
-        elif type(self.launcher).__name__ == _BASIC:
+        elif self._in_this_process:
             self._run_here(wanted)
         elif wanted:
             self._hand_on(wanted)
         return []  # what cells return is in the outcome: the sweeper would only look for exceptions
+
+    def _compose(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Cell]:
+        """All cells. Many take as long as the imports of the process that will run them, so those begin meanwhile."""
+        composer = Composer(self.context.config_loader, self.config)
+        cells = [composer.compose(first, job_overrides[0])]
+        new = cells[0].error is None and not any(self.sweep_dir.glob("*/rows.jsonl"))
+        if new and len(job_overrides) >= _MANY and self._in_this_process and self.config.sweep.isolate:
+            from fa_research.isolation import prepare
+
+            prepare(self.config.device)
+        return cells + [composer.compose(first + i, job_overrides[i]) for i in range(1, len(job_overrides))]
+
+    @property
+    def _in_this_process(self) -> bool:
+        return type(self.launcher).__name__ == _BASIC
 
     def _without_excluded(self, cells: list[Cell]) -> list[Cell]:
         exclusions = exclude.parse(self.config.sweep.exclude)
@@ -161,7 +176,8 @@ class RowPerCellLauncher(Launcher):
     def _hand_on(self, cells: list[Cell]) -> None:
         """All at once to a launcher that may run them side by side. Launchers number their jobs without gaps, so each
         cell is told its folder."""
-        own_subdir = self.config.hydra.sweep._get_node("subdir")._value() == _DEFAULT_SUBDIR
+        sweep: Any = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
+        own_subdir = sweep["subdir"] == _DEFAULT_SUBDIR
         folders = [[f"hydra.sweep.subdir='{cell.job}'"] if own_subdir else [] for cell in cells]
         jobs = [[*cell.overrides, *folder] for cell, folder in zip(cells, folders, strict=True)]
         before = [count_rows(self._folder(cell)) for cell in cells]

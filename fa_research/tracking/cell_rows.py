@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from fa_research.tracking.failures import failed_row
 from fa_research.tracking.records import ROWS_FILE, Row, RowWriter, read_rows
 
 log = logging.getLogger(__name__)
+
+
+class CellLog(logging.FileHandler):
+    """The log in a cell's folder, named in configs/hydra/job_logging. A full disk costs its lines and nothing else."""
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 def rows_of(folder: Path) -> list[Row]:
