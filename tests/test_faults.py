@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fa_research.tracking import ROWS_FILE, Row, Status, read_rows
+from fa_research.tracking import ROWS_FILE, Status, read_rows
 from tests.test_cli import ROOT, SMALL, run_py
 
 PLUGINS = {"FA_RESEARCH_PLUGINS": "tests.faulty"}
@@ -36,79 +36,45 @@ def sweep_of(names: list[str], cwd: Path, *args: str, **env: str) -> subprocess.
     return run_py(*command, cwd=cwd, **PLUGINS, **env)
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """One sweep with every fault in it."""
-    cwd = tmp_path_factory.mktemp("faults")
-    return cwd / "sweep", sweep_of(list(CELLS), cwd, f"measure.timeout_s={TIMEOUT}")
+REASONS = {
+    "raises": ["RuntimeError: a bug of this backend"],
+    "hungry": ["out of memory", "can't allocate memory"],
+    "crashes": ["was killed by SIGSEGV"],
+    "kills_itself": ["was killed by SIGKILL", "the last words"],
+    "hangs": [f"was stopped after measure.timeout_s={TIMEOUT}"],
+    "exits": ["ended with exit code 7"],
+    "fills_the_disk": ["OSError", "File too large"],
+}
 
 
-def row_of(faults: tuple[Path, subprocess.CompletedProcess[str]], name: str) -> Row:
-    (row,) = [row for row in read_rows(faults[0] / ROWS_FILE) if row.config["backend"]["name"] == name]
-    return row
+def test_every_fault_costs_one_cell(tmp_path: Path) -> None:
+    """One sweep with every fault in it, as each costs the start of a new process."""
+    done = sweep_of(list(CELLS), tmp_path, f"measure.timeout_s={TIMEOUT}")
+    rows = {row.config["backend"]["name"]: row for row in read_rows(tmp_path / "sweep" / ROWS_FILE)}
+    assert {name: row.status for name, row in rows.items()} == CELLS, done.stdout
+    assert list(rows) == list(CELLS)
+    assert all(row.metrics["decode_step_us"] > 0 for row in rows.values() if row.status is Status.ok)
+    assert done.returncode == 1
+    for name, parts in REASONS.items():
+        said = "; ".join(rows[name].reasons)
+        assert all(part in said for part in parts), said
+    logs = [(tmp_path / "sweep" / str(job) / "fa_research.log").read_text() for job in range(len(CELLS))]
+    check_processes(dict(zip(CELLS, logs, strict=True)))
+    assert [name for name, text in zip(CELLS, logs, strict=True) if "Traceback" in text] == [
+        "raises",
+        "fills_the_disk",
+    ], "a bug has its traceback in the log of its cell"
+    unwritten = list(CELLS).index("fills_the_disk")
+    assert read_rows(tmp_path / "sweep" / str(unwritten) / ROWS_FILE) == []
+    assert f"not on disk, which did not take them: #{unwritten}" in done.stdout
 
 
-def process_of(faults: tuple[Path, subprocess.CompletedProcess[str]], name: str) -> int:
-    """In which process a cell ran, from what its log kept of what that process said."""
-    log = (faults[0] / str(list(CELLS).index(name)) / "fa_research.log").read_text()
-    return int(re.findall(r"in process (\d+)", log)[0])
-
-
-def test_every_fault_costs_one_cell(faults: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    rows = read_rows(faults[0] / ROWS_FILE)
-    assert {row.config["backend"]["name"]: row.status for row in rows} == CELLS, faults[1].stdout
-    assert [row.config["backend"]["name"] for row in rows] == list(CELLS)
-    assert all(row.metrics["decode_step_us"] > 0 for row in rows if row.status is Status.ok)
-    assert faults[1].returncode == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "reasons"),
-    [
-        ("raises", ["RuntimeError: a bug of this backend"]),
-        ("hungry", ["out of memory", "can't allocate memory"]),
-        ("crashes", ["was killed by SIGSEGV"]),
-        ("kills_itself", ["was killed by SIGKILL", "the last words"]),
-        ("hangs", [f"was stopped after measure.timeout_s={TIMEOUT}"]),
-        ("exits", ["ended with exit code 7"]),
-        ("fills_the_disk", ["OSError", "File too large"]),
-    ],
-)
-def test_the_row_says_what_happened(
-    name: str, reasons: list[str], faults: tuple[Path, subprocess.CompletedProcess[str]]
-) -> None:
-    said = "; ".join(row_of(faults, name).reasons)
-    assert all(part in said for part in reasons), said
-
-
-def test_a_process_stays_for_the_next_cell_unless_it_is_spoilt(
-    faults: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    processes = {name: process_of(faults, name) for name in CELLS}
+def check_processes(logs: dict[str, str]) -> None:
+    """A process stays for the next cell unless it is spoilt; which one it was is in what a cell's log kept of it."""
+    processes = {name: int(re.findall(r"in process (\d+)", text)[0]) for name, text in logs.items()}
     assert len({processes[name] for name in ("sound_a", "raises", "hungry", "sound_b", "crashes")}) == 1
     assert processes["sound_c"] == processes["fills_the_disk"]
     assert len(set(processes.values())) == 5
-
-
-def test_a_row_that_the_disk_did_not_take_is_on_the_screen(
-    faults: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    folder, done = faults
-    number = list(CELLS).index("fills_the_disk")
-    assert read_rows(folder / str(number) / ROWS_FILE) == []
-    assert f"not on disk, which did not take them: #{number}" in done.stdout
-    assert "cannot write a row to" in done.stdout
-
-
-def test_the_bug_of_a_cell_has_its_traceback_in_the_log_of_that_cell(
-    faults: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    with_traceback = [
-        path.parent.name for path in faults[0].glob("*/fa_research.log") if "Traceback" in path.read_text()
-    ]
-    numbers = [list(CELLS).index(name) for name in ("raises", "fills_the_disk")]
-    assert sorted(map(int, with_traceback)) == numbers
-    assert "a bug of this backend" in faults[1].stdout
 
 
 def test_a_full_disk_costs_the_cells_that_it_did_not_take(tmp_path: Path) -> None:
