@@ -25,7 +25,7 @@ from fa_research.config.free_text import escape, quote_free_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import FaResearchError
-from fa_research.sweep import gather, outcome, request_stop, stop_requested
+from fa_research.sweep import gather, outcome, report_and_mirror, request_stop, stop_requested
 from fa_research.tracking.cell_rows import count_rows, record_failure
 
 if TYPE_CHECKING:
@@ -207,8 +207,8 @@ class RunCallback(Callback):
             CONSOLE.print(f"not on disk, which did not take them: {jobs}", style="red", soft_wrap=True)
         if known.not_run:
             CONSOLE.print(_how_to_go_on(len(known.not_run), sweep_dir), soft_wrap=True)
-        if rows and config.sweep.report:
-            _report(sweep_dir)
+        if rows:
+            report_and_mirror(config, sweep_dir, tracebacks=_wants_traceback)
         if not rows or known.unwritten or known.not_run:
             raise SystemExit(FAILED)
         if code := exit_code(rows, sweep=True):
@@ -220,20 +220,6 @@ def _how_to_go_on(cells: int, sweep_dir: Path) -> str:
         f"stopped at the first cell that failed (sweep.fail_fast=true), {cells} not run: the same command with "
         f"{shlex.quote(f'hydra.sweep.dir={sweep_dir}')} goes on from the rows made so far"
     )
-
-
-def _report(sweep_dir: Path) -> None:
-    """Write report.html and figures; whatever becomes of them, the rows stand."""
-    from fa_research.tracking import CONSOLE
-
-    try:
-        from fa_research.compare import sweep_report
-
-        page, *figures = sweep_report.write(sweep_dir)
-        more = f" and {len(figures)} figure{'s' * (len(figures) != 1)} beside it" if figures else ""
-        CONSOLE.print(f"{page}{more}", soft_wrap=True, markup=False)
-    except Exception as error:
-        log.warning("no report of this sweep: %s", error, exc_info=_wants_traceback)
 
 
 def _check_folder(config: DictConfig, key: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fa_research.sweep.ending import report_and_mirror
 from fa_research.sweep.launcher import RowPerCellLauncher, pin_sweep_dir
 from fa_research.sweep.outcome import Outcome, gather, outcome, request_stop, stop_requested
 
@@ -11,6 +12,7 @@ __all__ = [
     "gather",
     "outcome",
     "pin_sweep_dir",
+    "report_and_mirror",
     "request_stop",
     "stop_requested",
 ]

@@ -49,6 +49,7 @@ class Row:
         generated: with `workload.generate`, the `prompt` and the `text` that the model wrote after it.
         notes: anything a reader of the row should know.
         reasons: why the cell is not `ok`.
+        wandb: where the W&B run that mirrors the row is: `entity`, `project`, `group`, `run_id`; empty without one.
         started, finished: ISO 8601, UTC.
     """
 
@@ -62,6 +63,7 @@ class Row:
     notes: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
+    wandb: dict[str, str] = field(default_factory=dict)
     started: str = field(default_factory=now)
     finished: str = field(default_factory=now)
 

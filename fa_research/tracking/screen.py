@@ -22,7 +22,7 @@ from fa_research.tracking.records import Row, Status
 _PIPE_WIDTH = 160  # columns of a table that no terminal limits
 _QUALITY = ("bits_per_byte", "decode_bits_per_byte", "top1_agreement")
 _LATER = ("_bytes", "_pages", "oracle_bits_per_byte", "decode_top1_agreement", "perplexity", "scored_tokens")
-_DETAIL = re.compile(r"_ledger_|^ledger_|_(GB|TFLOP)_per_s$")  # for a report: no column of a sweep's table
+DETAIL = re.compile(r"_ledger_|^ledger_|_(GB|TFLOP)_per_s$")  # for a report: no column of a sweep's table
 _STYLES = {Status.ok: "green", Status.unsupported: "dim", Status.suspect: "yellow"}
 
 
@@ -63,8 +63,8 @@ def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_m
     elif len(rows) == 1:
         _print_one(rows[0])
     else:
-        main = _main_metrics(rows)
-        columns = [name for name in main if not _DETAIL.search(name)]
+        main = main_metrics(rows)
+        columns = [name for name in main if not DETAIL.search(name)]
         table, shown = _fitting(rows, metrics or columns[:max_metrics])
         CONSOLE.print(table)
         if more := [name for name in main if name not in shown]:
@@ -79,7 +79,7 @@ def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_m
 
 def table_of(rows: Sequence[Row], first: int = 0, max_metrics: int = 4) -> Table:
     """Rows as a table with their first main metrics, numbered from `first`; as `print_table` prints several."""
-    return _fitting(rows, _main_metrics(rows)[:max_metrics], first)[0]
+    return _fitting(rows, main_metrics(rows)[:max_metrics], first)[0]
 
 
 def _spans(numbers: Sequence[int]) -> str:
@@ -153,7 +153,7 @@ def _broken(name: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _main_metrics(rows: Sequence[Row]) -> list[str]:
+def main_metrics(rows: Sequence[Row]) -> list[str]:
     """Names of the numbers worth a column: no percentiles, counts or settings. Quality, then times, then the rest."""
     names = dict.fromkeys(
         name for row in rows for name, value in row.metrics.items() if isinstance(value, int | float)

@@ -12,6 +12,7 @@ import pytest
 
 from fa_research.compare.overview import read_sweep
 from fa_research.compare.sweep_report import write
+from fa_research.sweep import ending
 from fa_research.tracking import CONSOLE, ROWS_FILE, Row, Status
 from tests.compare.pages import Page
 from tests.compare.results import H200, METRIC, config_of, noisy, row_of, sweep, write_rows, write_sweep
@@ -278,12 +279,8 @@ def test_without_the_extra_the_page_has_no_figures_and_the_extra_is_named(tmp_pa
     assert "Every row" in (tmp_path / "report.html").read_text()
 
 
-def test_a_report_that_cannot_be_made_is_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fa_research import cli
-
+def test_a_report_that_cannot_be_made_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "report.html").mkdir()  # where the page should go
     with CONSOLE.capture():
-        cli._report(sweep(tmp_path, {("fa3", 1024): 1.0}))
+        ending._report(sweep(tmp_path, {("fa3", 1024): 1.0}), tracebacks=False)
     assert ["no report of this sweep" in record.getMessage() for record in caplog.records] == [True]

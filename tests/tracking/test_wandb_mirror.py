@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from fa_research.config import Config, TrackingConfig, TrackingMode, to_plain
 from fa_research.errors import BackendUnavailable
 from fa_research.tracking import ROWS_FILE, Row, RowWriter, Status, read_rows, wandb_run
-from fa_research.tracking.wandb_mirror import SERIES_FILE, has_key, resolve_mode
+from fa_research.tracking.wandb_mirror import SERIES_FILE
+from fa_research.tracking.wandb_runs import SETTINGS, has_key, resolve_mode
 
 OFFLINE = Config(study="mirror_test", tracking=TrackingConfig(mode=TrackingMode.offline, tags=["tagged"]))
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,30 +23,42 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def read_back(run_dir: Path) -> dict[str, Any]:
     """What W&B's own reader finds in an offline run."""
-    command = [
-        str(Path(sys.executable).with_name("wandb")),
-        "leet",
-        "inspect",
-        "--summary",
-        "--json",
-        str(run_dir),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    return json.loads(inspect(run_dir, "--summary"))
+
+
+def records_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind in an offline run."""
+    records = map(json.loads, inspect(run_dir).splitlines())
+    return [record[kind] for record in records if record["type"] == kind]
+
+
+@cache
+def inspect(run_dir: Path, *flags: str) -> str:
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    command = [wandb, "leet", "inspect", *flags, "--json", str(run_dir)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def runs_of(output_dir: Path) -> list[Path]:
     return sorted(output_dir.glob("wandb/offline-run-*"))
 
 
-def cell(output_dir: Path, config: Config = OFFLINE, status: Status = Status.ok, **row: Any) -> Row:
+def cell(
+    output_dir: Path,
+    config: Config = OFFLINE,
+    status: Status = Status.ok,
+    multirun: bool = False,
+    **row: Any,
+) -> Row:
     """What the runner does with one cell."""
     made = Row(status, config=to_plain(config), config_hash="0a1b2c3d", **row)
     with (
-        wandb_run(config, resolved=to_plain(config), output_dir=output_dir, config_hash="0a1b2c3d") as mirror,
+        wandb_run(
+            config, resolved=made.config, output_dir=output_dir, multirun=multirun, config_hash="0a1b2c3d"
+        ) as mirror,
         RowWriter(output_dir / ROWS_FILE) as writer,
     ):
-        mirror.log_series("decode/step_us", "decode/step", [3.0, 4.0, float("nan"), 5.0])
+        mirror.log_series("decode/step_us", "decode/step", [3.0, 4.0, 5.0, 4.0])
         mirror.log_row(made)
         writer.write(made)
     return made
@@ -54,6 +68,7 @@ def test_an_offline_run_holds_config_series_and_row(tmp_path: Path) -> None:
     cell(
         tmp_path,
         metrics={"decode_us": 3.5},
+        samples={"decode_us": [3.0, 3.5, 4.0, float("nan")], "empty_us": [], "nan_us": [float("nan")]},
         checks={"max_err": 1e-3},
         generated={"prompt": "def ", "text": "main():\n\x1b"},
         notes=["a note"],
@@ -74,8 +89,27 @@ def test_an_offline_run_holds_config_series_and_row(tmp_path: Path) -> None:
     assert found["summary"]["checks"] == {"max_err": 1e-3}
     assert found["summary"]["generated"] == {"prompt": "def ", "text": "main():\n\x1b"}
     assert (found["summary"]["notes"], found["summary"]["reasons"]) == ("a note", "a reason")
-    assert (found["summary"]["decode/step"], found["summary"]["decode/step_us"]) == (3, 5.0)
-    assert read_rows(tmp_path / ROWS_FILE)[0].notes == ["a note"]
+    assert found["summary"]["decode/step"] == 3
+    assert found["summary"]["decode/step_us"] == {"min": 3.0, "mean": 4.0, "max": 5.0}
+    (histogram,) = (v for k, v in found["summary"].items() if k.startswith("samples/"))
+    assert (histogram["_type"], sum(histogram["values"])) == ("histogram", 3)
+    (row,) = read_rows(tmp_path / ROWS_FILE)
+    assert row.notes == ["a note"]
+    assert row.wandb == {"project": "fa_research", "group": "mirror_test", "run_id": found["run_id"]}
+
+
+def test_the_row_is_an_artifact_within_the_folder_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    row = cell(tmp_path, metrics={"decode_us": 3.5}, samples={"decode_us": [3.5]})
+    (run_dir,) = runs_of(tmp_path)
+    (artifact,) = records_of(run_dir, "artifact")
+    assert (artifact["name"], artifact["type"]) == ("row-0a1b2c3d", "row")
+    (entry,) = artifact["manifest"]["contents"]
+    assert run_dir in Path(entry["local_path"]).parents
+    assert Row.from_json(Path(entry["local_path"]).read_text()) == row
+    assert not (tmp_path / "data").exists(), "no copy elsewhere"
 
 
 def test_series_are_on_disk_too(tmp_path: Path) -> None:
@@ -85,17 +119,21 @@ def test_series_are_on_disk_too(tmp_path: Path) -> None:
         "name": "decode/step_us",
         "step_metric": "decode/step",
         "steps": [0, 1, 2, 3],
-        "values": [3.0, 4.0, "nan", 5.0],
+        "values": [3.0, 4.0, 5.0, 4.0],
     }
 
 
-def test_each_cell_is_a_run_of_its_own(tmp_path: Path) -> None:
-    cells = [tmp_path / "0", tmp_path / "1"]
-    for output_dir in cells:
-        output_dir.mkdir()
-        cell(output_dir)
-    ids = [read_back(runs_of(output_dir)[0])["run_id"] for output_dir in cells]
-    assert len(set(ids)) == 2
+def test_cells_of_a_sweep_are_runs_of_their_own_in_one_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "theirs")  # one id for all would make one run of them
+    rows = []
+    for output_dir in [tmp_path / "sweep" / "0", tmp_path / "sweep" / "1"]:
+        output_dir.mkdir(parents=True)
+        rows.append(cell(output_dir, multirun=True))
+        assert runs_of(output_dir)[0].name.endswith(rows[-1].wandb["run_id"])
+    assert len({row.wandb["run_id"] for row in rows} | {"theirs"}) == 3
+    assert {row.wandb["group"] for row in rows} == {"sweep"}
 
 
 @pytest.mark.parametrize("status", [Status.error, Status.oom, Status.inaccurate])
@@ -147,7 +185,7 @@ def test_online_without_a_network_falls_back_to_offline_and_says_so(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setitem(sys.modules["fa_research.tracking.wandb_mirror"]._SETTINGS, "init_timeout", 2)
+    monkeypatch.setitem(SETTINGS, "init_timeout", 2)
     config = Config(tracking=TrackingConfig(mode=TrackingMode.auto))
     row = cell(tmp_path, config)
     assert "mode online, went on offline" in row.notes[0]
