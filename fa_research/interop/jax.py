@@ -134,7 +134,7 @@ def _torch_device(jax: Any, q: Any, asked: str | None) -> torch.device:
     platform = asked
     if platform is None:
         concrete = not isinstance(q, jax.core.Tracer)
-        platform = next(iter(q.devices())).platform if concrete else jax.defaultshared_backend()
+        platform = next(iter(q.devices())).platform if concrete else jax.default_backend()
     platform = {"gpu": "cuda"}.get(platform, platform)
     check(platform in ("cpu", "cuda"), f"device={platform}: choose one of cpu, cuda")
     if platform == "cpu":
