@@ -57,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--out", type=Path, metavar="DIR", help="write CSV, Markdown, figures and report.html here"
     )
+    made.add_argument(
+        "--wandb", action="store_true", help="make a report on W&B, over the rows' runs; needs a login"
+    )
     return made
 
 
@@ -91,6 +94,10 @@ def _run(options: argparse.Namespace) -> None:
     from fa_research.compare.comparison import compare
     from fa_research.compare.screen import print_comparison
 
+    if options.wandb:
+        from fa_research.compare.wandb_report import publish, require_wandb
+
+        require_wandb()
     higher = None if options.better is None else options.better == "higher"
     comparison = compare(
         options.paths,
@@ -106,6 +113,8 @@ def _run(options: argparse.Namespace) -> None:
         from fa_research.compare.report import write_report
 
         write_report(comparison, options.out)
+    if options.wandb:
+        print(publish(comparison))
 
 
 def _run_closure(options: argparse.Namespace) -> None:
@@ -113,7 +122,7 @@ def _run_closure(options: argparse.Namespace) -> None:
     from fa_research.compare.closure_files import print_closure, write_closure
 
     unused = {"--metric": options.metric, "--regret": options.regret, "--ignore": options.ignore}
-    unused |= {"--better": options.better}
+    unused |= {"--better": options.better, "--wandb": options.wandb}
     if given := [name for name, value in unused.items() if value]:
         raise ConfigError(f"{' and '.join(given)} belong to --question; --closure takes --across and --out")
     closure = close(options.paths, across=options.across)

@@ -69,7 +69,7 @@ def write_markdown(comparison: Comparison, folder: Path, figures: Sequence[tuple
 def _markdown(comparison: Comparison, figures: Sequence[tuple[str, str]]) -> list[str]:
     lines = [f"# {comparison.question.title} by {quantity(comparison.metric)}", ""]
     lines += [f"- {line}" for line in summary(comparison)]
-    lines += ["", *_table(*_cells(comparison)), ""]
+    lines += ["", *cells_table(comparison), ""]
     for title, name in figures:
         lines += [f"![{title}]({name})", ""]
     lines += [
@@ -90,6 +90,11 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     return [line(head), "|" + "---|" * len(head), *map(line, lines)]
+
+
+def cells_table(comparison: Comparison) -> list[str]:
+    """Lines of a Markdown table: every cell with its numbers and its verdict."""
+    return _table(*_cells(comparison))
 
 
 def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

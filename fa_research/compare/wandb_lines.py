@@ -36,13 +36,15 @@ def lines_of(comparison: Comparison) -> Lines | None:
     if not keys or not all(_is_number(cell.where[keys[0]]) for cell in comparison.cells):
         return None
     x, *rest = keys
-    along = _name(short(x, keys))
+    along = in_name(short(x, keys))
     made = Lines(f"axis/{along}")
     for cell in comparison.cells:
         where = title_of({key: cell.where[key] for key in rest})
         title = ", ".join(filter(None, (comparison.metric, where)))
         for label, number in cell.measured.items():
-            line = "/".join(filter(None, (f"along_{along}", comparison.metric, _name(where), _name(label))))
+            line = "/".join(
+                filter(None, (f"along_{along}", comparison.metric, in_name(where), in_name(label)))
+            )
             made.panels.setdefault(title, [])
             if line not in made.panels[title]:
                 made.panels[title].append(line)
@@ -55,5 +57,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _name(text: str) -> str:
+def in_name(text: str) -> str:
+    """A text as part of a metric's name."""
     return _NOT_IN_NAMES.sub("_", text).strip("_")
