@@ -51,7 +51,7 @@ def mirror_sweep(
     sweep = read_sweep(sweep_dir)
     if _is_mirrored(sweep):
         return None
-    group = sweep_dir.name
+    group = _group_of_cells(sweep) or sweep_dir.name
     about = {"group": group, "name": f"sweep-{group}", "job_type": JOB_TYPE, "config": {"study": study}}
     with _data_below(sweep_dir):
         run, _ = open_run(tracking, sweep_dir, study=study, own_id=True, **about)
@@ -65,6 +65,11 @@ def mirror_sweep(
             run.finish(exit_code=1)
             return None
     return None if run.offline else run.url
+
+
+def _group_of_cells(sweep: Sweep) -> str | None:
+    found = Counter(record.row.wandb["group"] for record in sweep.records if "group" in record.row.wandb)
+    return found.most_common(1)[0][0] if found else None
 
 
 def _is_mirrored(sweep: Sweep) -> bool:

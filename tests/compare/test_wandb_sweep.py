@@ -16,7 +16,7 @@ from fa_research.config import TrackingConfig, TrackingMode
 from fa_research.tracking import ROWS_FILE, Status, read_rows
 from tests.compare.results import H200, METRIC, config_of, noisy, row_of, write_sweep
 from tests.test_cli import SMALL, run_py
-from tests.tracking.test_wandb_mirror import read_back, records_of, runs_of
+from tests.tracking.test_wandb_mirror import merged, records_of, runs_of
 
 OFFLINE = TrackingConfig(mode=TrackingMode.offline)
 PNG = bytes.fromhex(  # one pixel
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     ):
         samples = noisy(context * batch * (1.0 if backend == "fa3" else 2.0), seed=seed)
         row = row_of(config_of(backend, context, batch), samples)
-        row.wandb = {"run_id": f"run{seed}"}
+        row.wandb = {"run_id": f"run{seed}", "group": "cells"}
         cells.append((row, samples))
     lost = row_of(config_of("fa2", 1024), status=Status.unsupported, environment=H200)
     (tmp_path / "sweep").mkdir()
@@ -54,10 +54,10 @@ def test_a_sweep_is_a_run_with_a_table_lines_figures_and_rows(folder: Path) -> N
     assert mirror_sweep(folder, OFFLINE, "a study", [page, figure]) is None
     (run_dir,) = runs_of(folder)
     (about,) = records_of(run_dir, "run")
-    assert (about["run_group"], about["job_type"], about["tags"]) == ("sweep", "sweep", ["a study"])
-    found = read_back(run_dir)
-    assert (found["state"], found["exit_code"]) == ("finished", 0)
-    counted = {name: found["summary"][name] for name in ("cells", "cells_ok", "cells_unsupported")}
+    assert (about["run_group"], about["job_type"], about["tags"]) == ("cells", "sweep", ["a study"])
+    assert records_of(run_dir, "exit") == [{"exit_code": 0}]
+    summary = merged(run_dir, "summary")
+    counted = {name: summary[name] for name in ("cells", "cells_ok", "cells_unsupported")}
     assert counted == {"cells": 9, "cells_ok": 8, "cells_unsupported": 1}
     (html,) = run_dir.glob("files/media/html/*.html")
     assert html.read_text() == page.read_text()
@@ -126,7 +126,7 @@ def test_a_w_and_b_that_fails_is_a_warning(folder: Path, caplog: pytest.LogCaptu
     assert mirror_sweep(folder, OFFLINE, "study", [broken]) is None
     (said,) = (r.getMessage() for r in caplog.records if r.name.startswith("fa_research"))
     assert "W&B failed, the sweep is complete on disk" in said
-    assert read_back(runs_of(folder)[0])["exit_code"] == 1
+    assert records_of(runs_of(folder)[0], "exit") == [{"exit_code": 1}]
 
 
 def test_disabled_leaves_w_and_b_out(folder: Path) -> None:

@@ -32,6 +32,17 @@ def records_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
+def merged(run_dir: Path, *path: str) -> dict[str, Any]:
+    """What the updates of the records of a kind come to, as of a run's config or its summary."""
+    kind, *inner = path
+    found: dict[str, Any] = {}
+    for record in records_of(run_dir, kind):
+        for name in inner:
+            record = record[name]
+        found |= record.get("update", {})
+    return found
+
+
 @cache
 def inspect(run_dir: Path, *flags: str) -> str:
     wandb = str(Path(sys.executable).with_name("wandb"))
@@ -126,6 +137,9 @@ def test_series_are_on_disk_too(tmp_path: Path) -> None:
 def test_cells_of_a_sweep_are_runs_of_their_own_in_one_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import wandb
+
+    wandb.teardown()  # it reads the environment once
     monkeypatch.setenv("WANDB_RUN_ID", "theirs")  # one id for all would make one run of them
     rows = []
     for output_dir in [tmp_path / "sweep" / "0", tmp_path / "sweep" / "1"]:
@@ -134,6 +148,8 @@ def test_cells_of_a_sweep_are_runs_of_their_own_in_one_group(
         assert runs_of(output_dir)[0].name.endswith(rows[-1].wandb["run_id"])
     assert len({row.wandb["run_id"] for row in rows} | {"theirs"}) == 3
     assert {row.wandb["group"] for row in rows} == {"sweep"}
+    monkeypatch.undo()
+    wandb.teardown()
 
 
 @pytest.mark.parametrize("status", [Status.error, Status.oom, Status.inaccurate])
