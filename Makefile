@@ -31,7 +31,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q -c constraints.txt -e ".[dev,triton,hf,jax,report,launchers]"
+	$(PY) -m pip install -q -c constraints.txt -e ".[dev,triton,hf,jax,report,wandb-report,launchers]"
 	touch $@
 
 # Leaves $(VENV) and outputs/ alone: both cost time to make again.

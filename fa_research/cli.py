@@ -192,6 +192,7 @@ class RunCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _sweep_dir
+        _check_agent(config)
         _check_folder(config, "hydra.sweep.dir")
         _sweep_dir = config.hydra.sweep.dir
 
@@ -220,6 +221,15 @@ def _how_to_go_on(cells: int, sweep_dir: Path) -> str:
         f"stopped at the first cell that failed (sweep.fail_fast=true), {cells} not run: the same command with "
         f"{shlex.quote(f'hydra.sweep.dir={sweep_dir}')} goes on from the rows made so far"
     )
+
+
+def _check_agent(config: DictConfig) -> None:
+    """Ends the process where a W&B agent wants one run and got a sweep, whose cells would all be that run."""
+    if os.environ.get("WANDB_SWEEP_ID") and str(config.tracking.mode) != "disabled":
+        _exit_with(
+            "a W&B agent started this (WANDB_SWEEP_ID is set) for one cell of its sweep: give no -m, no lists of "
+            "values and no experiment= that sweeps; or tracking=disabled"
+        )
 
 
 def _check_folder(config: DictConfig, key: str) -> None:

@@ -18,7 +18,7 @@ from fa_research.config import Config, config_hash, load_config, to_plain
 from fa_research.config.free_text import quote_free_text
 from fa_research.config.store import CONFIG_DIR, register
 from fa_research.tracking import ROWS_FILE, Status, read_rows
-from tests.test_cli import SMALL
+from tests.test_cli import SMALL, one_error_line, run_py
 from tests.test_imports import ROOT
 from tests.tracking.test_wandb_mirror import merged, records_of
 
@@ -139,3 +139,8 @@ def test_a_cell_is_the_run_that_the_agent_made(start: Start, tmp_path: Path) -> 
     config = merged(run_dir, "run", "config") | merged(run_dir, "config")
     assert (config["backend"], config["backend.name"], config["kv"]["page_size"]) == ("torch", "torch", 4)
     assert merged(run_dir, "summary")["metrics/decode_step_us"] == row.metrics["decode_step_us"]
+
+
+def test_an_agent_that_starts_a_sweep_is_told_to_start_a_cell(tmp_path: Path) -> None:
+    line = one_error_line(run_py("-m", "seed=0,1", cwd=tmp_path, WANDB_SWEEP_ID="sweep1"))
+    assert "for one cell of its sweep" in line
