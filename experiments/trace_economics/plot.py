@@ -68,8 +68,11 @@ def main() -> None:
             )
             axes.plot(fits.values(), speed.values(), "o-", color=color, label=backend, linewidth=1)
             for page in fits:
-                axes.annotate(str(page), (fits[page], speed[page]), textcoords="offset points", xytext=(4, 4))
+                if page != min(curve):  # all curves begin at the origin
+                    place = (fits[page], speed[page])
+                    axes.annotate(str(page), place, textcoords="offset points", xytext=(5, 4), color=color)
                 print(table_row(trace, backend, page, curve[page], fits[page], speed[page]))
+        axes.margins(x=0.1, y=0.12)
         axes.set_title(trace)
         axes.set_xlabel("requests that fit the pool, against page size 1 (%)")
         axes.set_ylabel("tokens per second, against page size 1 (%)")

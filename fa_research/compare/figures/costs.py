@@ -23,6 +23,8 @@ def cost_figure(comparison: Comparison) -> Figure | None:
     cells = list(zip(comparison.cells, comparison.verdicts, strict=True))[:MOST_CELLS]
     points = []
     for place, (cell, verdict) in enumerate(cells):
+        if len(verdict.costs) < 2:  # nothing to be far from
+            continue
         for label, cost in verdict.costs.items():
             point = linked(comparison, cell, cell.entries[label])
             point["description"] += f", {excess(cost)} from the best"
@@ -30,6 +32,8 @@ def cost_figure(comparison: Comparison) -> Figure | None:
             points.append(
                 point | {"cell": title, "place": place, **cost_point(cost.value, cost.low, cost.high)}
             )
+    if not points:
+        return None
     ends = [p[end] for p in points for end in ("x", "low", "high") if p[end] is not None]
     along = cost_axis(min(ends), max(ends))
     down = alt.Y("cell:N").sort(None).title(None).axis(labelLimit=420, grid=True)
