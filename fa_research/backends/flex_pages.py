@@ -64,7 +64,8 @@ def cut(metadata: FlashAttentionMetadata, num_tokens: int, num_slots: int) -> Ti
     row_R = torch.arange(TILE, dtype=torch.int32, device=device)
     token_IR = (cu_q[request_I] + offset_I)[:, None] + row_R
     token_T = torch.arange(num_tokens, dtype=torch.int32, device=device)
-    of_T = torch.searchsorted(cu_q[1:], token_T, right=True, out_int32=True)
+    # Tokens behind the last cumulative length are padding: theirs is some row.
+    of_T = torch.searchsorted(cu_q[1:], token_T, right=True, out_int32=True).clamp(max=batch_size - 1)
     row_T = (end_B - tiles_B)[of_T] * TILE + token_T - cu_q[of_T]
     last_I = torch.minimum(first_I + TILE, lens_B[request_I]) - 1
     return Tiles(request_I, first_I, last_I, token_IR.clamp(max=num_tokens - 1), row_T, logical_BN)

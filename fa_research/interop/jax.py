@@ -75,7 +75,6 @@ def paged_attention(
             f"cu_seqlens_q_B1=None means one query a request, there are {q_THD.shape[0]} queries and "
             f"{cache_seqlens_B.shape[0]} requests",
         )
-        max_seq_len_q = 1
         cu_seqlens_q_B1 = np.arange(q_THD.shape[0] + 1, dtype=np.int32)
     check_arguments(q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B, cu_seqlens_q_B1, sinks_H)
     _, heads, head_dim = q_THD.shape
@@ -93,7 +92,10 @@ def paged_attention(
     longest = max_seq_len_k or page_table_BP.shape[1] * k_PSKD.shape[1]
     settings = (on, getattr(torch, str(q_THD.dtype)), k_PSKD.shape[1], longest)
     serving = shared_backend(backend, *settings, spec)
-    served = Served(serving, decode, max_seq_len_q or q_THD.shape[0], longest, return_lse)
+    longest_q = 1
+    if not decode:  # at a bound of 1 kernels take the query at i to be that of request i; some may have none here
+        longest_q = max(max_seq_len_q or q_THD.shape[0], 2)
+    served = Served(serving, decode, longest_q, longest, return_lse)
     arrays = [q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B]
     arrays += [] if decode else [cu_seqlens_q_B1]  # XLA would run a kernel to make a constant
     arrays += [] if sinks_H is None else [sinks_H]

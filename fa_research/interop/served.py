@@ -101,9 +101,7 @@ def call_number(
 ) -> int:
     # Lengths of a decode are read on the device, so that the graph of one call is the graph of all.
     can = served.backend.backend.capabilities
-    captured = (
-        served.max_seq_len_q == 1 and can.cuda_graph is not GraphSupport.NEVER and not can.host_planning
-    )
+    captured = served.decode and can.cuda_graph is not GraphSupport.NEVER and not can.host_planning
     replays = Replays() if device.type == "cuda" and captured else None
     return ffi.add_call(ffi.Call(served, device, inputs, outputs, replays))
 

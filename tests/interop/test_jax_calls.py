@@ -115,7 +115,7 @@ def test_in_a_scan_over_layers() -> None:
     torch.testing.assert_close(outs[0], torch.full_like(outs[0], 2.0))
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["torch", "triton", "flex"])
 def test_a_padded_batch(name: str) -> None:
     """Two requests without tokens, and tokens of nobody: what batches of a bucket look like."""
     scene = make_scene(lens="mixed")
@@ -128,6 +128,25 @@ def test_a_padded_batch(name: str) -> None:
     run = jax.jit(lambda arrays: paged_attention(**arrays, **static, backend=name, return_lse=True))
     outs = to_torch(run(arrays)[0])
     scene.check_outputs(outs[:total].split([new for _, new in scene.lens]), range(len(scene.lens)))
+
+
+@NAMES
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stated", [1, None])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_queries_are_those_of_the_requests_that_have_them(
+    name: str, device: str, stated: int | None, tokens: int
+) -> None:
+    """One query at most, which not every request has: cumulative lengths say whose they are, and not their number."""
+    scene = make_scene(lens="decode", device=device)
+    scene.backend(name)  # skips where it cannot
+    arrays, static = arguments(scene)
+    cumulative = jax.numpy.asarray([0, 0, 0, 1, 1], dtype="int32")
+    arrays["cu_seqlens_q_B1"] = jax.device_put(cumulative, arrays["q_THD"].device)
+    arrays["q_THD"] = arrays["q_THD"][2 : 2 + tokens]
+    run = jax.jit(lambda arrays: paged_attention(**arrays, **static, backend=name, max_seq_len_q=stated))
+    for _ in range(3):
+        scene.check_outputs([to_torch(run(arrays))[:1]], [2])
 
 
 def test_triton_writes_the_output_where_xla_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
