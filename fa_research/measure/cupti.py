@@ -1,7 +1,8 @@
 """`measure.timer=cupti`: when each kernel ran, as CUPTI records it, read through Kineto, part of CUDA builds of torch.
 
 Each sample stands between two launches of a kernel that does next to nothing; what the GPU did between them is of the
-sample, launched one by one or by a graph. Copies from and to the host are left out: no kernel waits for them.
+sample, launched one by one or by a graph. Copies to the host are left out: no kernel waits for them, as it does for
+copies from it (a plan's, say).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fa_research.config import TimerKind
 from fa_research.errors import ConfigError, TimingError
 
 _MARK = "spin_kernel"  # of torch.cuda._sleep: nothing else runs it
-_HOST_COPIES = ("Memcpy HtoD", "Memcpy DtoH", "Memcpy HtoH")
+_COPY_TO_HOST = "Memcpy DtoH"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def span_ns(intervals: Sequence[Interval]) -> int:
 
 
 def split_by_marks(intervals: Iterable[Interval], samples: int) -> list[list[Interval]]:
-    """What ran between the two marks of each sample, copies from and to the host left out.
+    """What ran between the two marks of each sample, copies to the host left out.
 
     Raises TimingError where there are not two marks a sample: then records were lost.
     """
@@ -55,7 +56,7 @@ def split_by_marks(intervals: Iterable[Interval], samples: int) -> list[list[Int
     for interval in ordered:
         if _MARK in interval.name:
             groups.append([])
-        elif not interval.name.startswith(_HOST_COPIES):
+        elif not interval.name.startswith(_COPY_TO_HOST):
             groups[-1].append(interval)
     if len(groups) != 2 * samples + 1:
         raise TimingError(
