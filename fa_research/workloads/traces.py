@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -121,7 +122,7 @@ def _json_rows(
     file: Path, first: tuple[int, str], numbered: Iterator[tuple[int, str]]
 ) -> Iterator[TraceRequest]:
     before: dict[int, int | None] = {}  # block id -> the block in front of it, the same wherever it stands
-    for number, line in (first, *numbered):
+    for number, line in chain([first], numbered):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -169,11 +170,11 @@ def _length(file: Path, number: int, name: str, value: Any, least: int) -> int:
 def _time(file: Path, number: int, value: Any, unit: float = 1.0) -> float:
     """Seconds, of a number in `unit` seconds or of a date and time (UTC unless it says otherwise)."""
     try:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value) * unit
         moment = datetime.fromisoformat(value.strip())
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (AttributeError, ValueError):
+    except (AttributeError, OverflowError, ValueError):
         _fail(file, number, f"timestamp {value!r}: must be a date and time, or a number in JSON lines")
 
 

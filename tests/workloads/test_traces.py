@@ -55,6 +55,7 @@ GOOD = '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1
         (GOOD.replace("[1, 2]", "[1]"), 1, "1 hash_ids, input_length=600 has 2 blocks"),
         (GOOD.replace("[1, 2]", '["a", "b"]'), 1, "must be a list of whole numbers"),
         (GOOD.replace("0,", "null,", 1), 1, "timestamp None"),
+        (GOOD + GOOD.replace("0,", "NaN,", 1), 2, "timestamp nan"),
         (GOOD + GOOD.replace("[1, 2]", "[3, 2]"), 2, "hash id 2 follows another block"),
     ],
 )
