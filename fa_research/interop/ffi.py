@@ -131,7 +131,12 @@ def _wrap(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torc
     if device.type == "cpu":
         memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
         return torch.frombuffer(memory, dtype=dtype).view(shape)
-    return torch.as_tensor(_CudaArray(address, count * dtype.itemsize), device=device).view(dtype).view(shape)
+    tensor = torch.as_tensor(_CudaArray(address, count * dtype.itemsize), device=device)
+    if tensor.data_ptr() != address:  # torch copies what lies on another GPU
+        raise RuntimeError(
+            f"XLA's buffer is on another GPU than {device}, torch's current one; make them one"
+        )
+    return tensor.view(dtype).view(shape)
 
 
 class _CudaArray:

@@ -93,7 +93,9 @@ def paged_attention(
     settings = (on, getattr(torch, str(q_THD.dtype)), k_PSKD.shape[1], longest)
     serving = shared_backend(backend, *settings, spec)
     longest_q = 1
-    if not decode:  # at a bound of 1 kernels take the query at i to be that of request i; some may have none here
+    if (
+        not decode
+    ):  # at a bound of 1 kernels take the query at i to be that of request i; some may have none here
         longest_q = max(max_seq_len_q or q_THD.shape[0], 2)
     served = Served(serving, decode, longest_q, longest, return_lse)
     arrays = [q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B]
@@ -127,7 +129,9 @@ def _one_layer(jax: Any, k: Any, v: Any, page_table_BP: Any, layer: Any) -> tupl
     if k.ndim != 5:
         check(isinstance(layer, int) and layer == 0, "layer: the pool has one layer, [P, S, K, D]")
         return k, v, page_table_BP
-    pages = k.shape[1]
+    layers, pages = k.shape[:2]
+    if isinstance(layer, (int, np.integer)):  # one that is traced is the caller's word
+        check(0 <= layer < layers, f"layer={layer}: the pool has layers 0 to {layers - 1}")
     flat = [x.reshape(-1, *x.shape[2:]) for x in (k, v)]
     return flat[0], flat[1], page_table_BP + jax.numpy.int32(layer) * pages
 

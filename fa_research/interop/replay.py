@@ -7,7 +7,9 @@ Python. Only for work that reads lengths on the device, as a captured decode ste
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ _MOST = 64  # graphs kept for a call; a new one takes the place of the oldest
 _MOST_SEEN = 1024  # addresses met once
 _pools: dict[int, Any] = {}  # by stream: what one stream replays in order may share memory
 _side: list[torch.cuda.Stream] = []  # one for all: cuBLAS keeps a workspace for every stream that it has seen
+
+_one_at_a_time = threading.Lock()  # captures: programs of two Python threads share the stream that captures
 
 Addresses = tuple[int, ...]
 
@@ -36,7 +40,8 @@ class Replays:
                 self._meet(key)
                 work()  # compiles kernels and makes workspaces, which a capture cannot
                 return
-            graph = self._capture(work, stream)
+            with _one_at_a_time:
+                graph = self._capture(work, stream)
             self._keep(key, graph)
         graph.replay()
 
@@ -62,6 +67,9 @@ class Replays:
             graph.capture_begin(pool=_pools[stream], capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that the capture is spoilt; why is what was raised
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph

@@ -207,6 +207,14 @@ def test_arguments_that_do_not_fit(change: dict[str, Any], says: str) -> None:
         jax.jit(lambda arrays: paged_attention(**arrays, **static))(arrays)
 
 
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_a_layer_that_the_pool_has_not(layer: int) -> None:
+    """Its pages would be somebody else's memory."""
+    arrays, static = arguments(make_scene())
+    with pytest.raises(InteropError, match=f"layer={layer}: the pool has layers 0 to 1"):
+        paged_attention(**arrays, **(static | {"layer": layer}))
+
+
 def test_what_a_backend_refuses_is_its_own_error_when_traced() -> None:
     arrays, static = arguments(make_scene())
     run = lambda name: jax.jit(lambda arrays: paged_attention(**arrays, **static, backend=name))(arrays)  # noqa: E731

@@ -46,7 +46,9 @@ def test_samples_are_what_lies_between_their_marks() -> None:
     first += [Interval("Memcpy DtoH (Device -> Pinned)", 100, 102), Interval(MARK, 104, 105)]
     second = [Interval("flush", 106, 180), Interval(MARK, 181, 182), Interval("Memset (Device)", 184, 185)]
     second += [Interval("Memcpy DtoD (Device -> Device)", 186, 187), Interval(MARK, 190, 191)]
-    second.insert(2, plan := Interval("Memcpy HtoD (Pinned -> Device)", 182, 184))  # the kernels behind it wait for it
+    second.insert(
+        2, plan := Interval("Memcpy HtoD (Pinned -> Device)", 182, 184)
+    )  # the kernels behind it wait for it
     shuffled = random.Random(1).sample(first + second, len(first) + len(second))
     names = [[interval.name for interval in sample] for sample in split_by_marks(shuffled, 2)]
     assert names == [["a", "b"], [plan.name, "Memset (Device)", "Memcpy DtoD (Device -> Device)"]]

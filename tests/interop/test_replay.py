@@ -1,0 +1,115 @@
+"""When a call's work is done, captured and replayed, on a stand-in for CUDA; on a GPU: tests/gpu/test_jax_replay.py."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from fa_research.interop import replay
+from fa_research.interop.replay import Replays
+
+_capturing: list[_Graph] = []
+
+
+class _Graph:
+    """Keeps what `launch` was given during its capture. CUDA's errors: a capture in a capture, and the end of one that
+    failed."""
+
+    def __init__(self) -> None:
+        self._kernels: list[Callable[[], None]] = []
+        self._spoilt = False
+
+    def capture_begin(self, **_: Any) -> None:
+        if _capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        _capturing.append(self)
+
+    def capture_end(self) -> None:
+        _capturing.clear()
+        if self._spoilt:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def add(self, kernel: Callable[[], None]) -> None:
+        self._kernels.append(kernel)
+
+    def spoil(self) -> None:
+        self._spoilt = True
+
+    def replay(self) -> None:
+        for kernel in self._kernels:
+            kernel()
+
+
+def launch(kernel: Callable[[], None]) -> None:
+    _capturing[0].add(kernel) if _capturing else kernel()
+
+
+@pytest.fixture(autouse=True)
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(replay, "_side", [])
+    monkeypatch.setattr(replay, "_pools", {})
+    yield
+    _capturing.clear()
+
+
+def test_work_is_launched_then_captured_then_replayed() -> None:
+    replays, launched, done = Replays(), [], []
+
+    def work() -> None:
+        launched.append(len(_capturing))
+        launch(lambda: done.append(1))
+
+    for _ in range(4):
+        replays.run(work, 1, (7,))
+    assert launched == [0, 1] and len(done) == 4
+    replays.run(work, 2, (7,))
+    replays.run(work, 1, (8,))
+    assert launched == [0, 1, 0, 0] and len(done) == 6, "another stream and another address are another graph"
+
+
+def test_why_a_capture_failed_is_said() -> None:
+    replays, wrong = Replays(), True
+
+    def work() -> None:
+        if wrong and _capturing:
+            _capturing[0].spoil()
+            raise ValueError("this kernel waits for the device")
+
+    replays.run(work, 1, (7,))
+    with pytest.raises(ValueError, match="waits for the device"):
+        replays.run(work, 1, (7,))
+    wrong = False
+    replays.run(work, 1, (7,))  # nothing is left open
+
+
+def test_programs_of_two_threads_capture_one_after_the_other() -> None:
+    inside, errors = threading.Event(), []
+
+    def work() -> None:
+        if _capturing:
+            inside.set()
+            threading.Event().wait(0.05)  # lets the other one in
+
+    def twice() -> None:
+        replays = Replays()
+        try:
+            for _ in range(2):
+                replays.run(work, 1, (7,))
+        except RuntimeError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=twice) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside.is_set() and not errors
