@@ -23,7 +23,8 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 gpu-test: $(STAMP)
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest -m "gpu and not quiet" -n 2
+	$(PY) -m pytest -m "gpu and quiet"
 
 setup: $(STAMP)
 

@@ -17,7 +17,8 @@ from fa_research.sweep import gather
 from fa_research.tracking import ROWS_FILE, Row, RowWriter, Status, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-# The smallest run there is: nothing is measured for long, W&B stays out of it.
+# The smallest run there is: nothing is measured for long, W&B stays out of it. On a GPU other tests run beside it,
+# which the self-test of timing would notice.
 SMALL = [
     *(
         "backend=torch",
@@ -27,7 +28,8 @@ SMALL = [
         "workload.context_len=32",
         "workload.steps=2",
     ),
-    *("measure=quick", "measure.repeats=1", "measure.warmup=0", "tracking=disabled", "sweep.report=false"),
+    *("measure=quick", "measure.repeats=1", "measure.warmup=0", "measure.self_test=false"),
+    *("tracking=disabled", "sweep.report=false"),
 ]
 
 

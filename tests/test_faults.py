@@ -157,7 +157,7 @@ def test_faults_of_a_gpu_cost_one_cell_each(tmp_path: Path) -> None:
         "sound_d": Status.ok,
     }
     command = ["-m", *SMALL, "device=cuda", f"backend.name={','.join(expected)}", "hydra.sweep.dir=sweep"]
-    done = run_py(*command, cwd=tmp_path, timeout=280, **PLUGINS)
+    done = run_py(*command, cwd=tmp_path, timeout=280, XDG_CACHE_HOME=str(tmp_path), **PLUGINS)
     rows = {row.config["backend"]["name"]: row for row in read_rows(tmp_path / "sweep" / ROWS_FILE)}
     assert {name: row.status for name, row in rows.items()} == expected, done.stdout + done.stderr
     assert "illegal memory access" in "; ".join(rows["illegal_access"].reasons)

@@ -25,7 +25,7 @@ from fa_research.measure.timing import Timer
 from fa_research.phases import ATTENTION, HOST_PLAN, KV_WRITE, METADATA, MODEL, SAMPLING
 from tests.workloads.cells import LEVELS, cell, model_config, prepared
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.quiet]
 
 
 def columns(metrics: dict[str, Any], unit: str) -> dict[str, float]:

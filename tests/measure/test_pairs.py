@@ -42,6 +42,7 @@ def test_too_few_pairs_are_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.quiet
 def test_on_a_gpu_too() -> None:
     x = torch.randn(4096, 4096, device="cuda")
     found = time_pairs(lambda: x @ x, lambda: x[:64] @ x, timer(torch.device("cuda")), pairs=10)

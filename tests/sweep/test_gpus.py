@@ -120,6 +120,7 @@ def test_two_processes_on_one_gpu_run_their_cells_in_turn(tmp_path: Path) -> Non
         pytest.skip("hydra_joblib_launcher is not installed")
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
     env = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    env["XDG_CACHE_HOME"] = str(tmp_path)  # a roof measured beside other tests is not for keeping
     done = run_py("-m", *SMALL, "device=cuda", "seed=range(4)", *launcher, cwd=tmp_path, timeout=280, **env)
     assert done.returncode == 0, done.stderr
     rows = sorted(read_rows(tmp_path / "sweep" / ROWS_FILE), key=lambda row: row.started)
