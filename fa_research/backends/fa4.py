@@ -119,14 +119,18 @@ class FA4Backend(AttentionBackend):
         return out_THV, lse_HT.transpose(0, 1) if return_lse else None
 
 
-# The DSL's word on a parameter of the package's own kernels, at each one's compilation.
-_NOISE = "Argument aux_data .* cannot be converted to a JitArgument"
+# The DSL's word on the package's own kernels, at each one's compilation.
+_NOISE: dict[str, type[Warning]] = {
+    "Argument aux_data .* cannot be converted to a JitArgument": UserWarning,
+    r"warpgroup\.OperandMajorMode is deprecated": DeprecationWarning,
+}
 
 
 @cache
 def load() -> tuple[Any, str | None]:
     """`flash_attn.cute`, or None and why it cannot be had. Its import alone takes seconds."""
-    warnings.filterwarnings("ignore", _NOISE, UserWarning)
+    for message, category in _NOISE.items():
+        warnings.filterwarnings("ignore", message, category)
     try:
         with warnings.catch_warnings():  # of the packages that it imports
             warnings.simplefilter("ignore")
