@@ -29,6 +29,7 @@ pytest.importorskip("vl_convert", reason="needs the extra report")
 from fa_research.compare.figures import Figure, draw  # noqa: E402
 from fa_research.compare.figures.costs import regret_figure  # noqa: E402
 from fa_research.compare.figures.images import png, repacked, svg  # noqa: E402
+from fa_research.compare.figures.lines import latency_figure  # noqa: E402
 from fa_research.compare.figures.page_size import page_size_figure  # noqa: E402
 from fa_research.compare.figures.theme import DARK, LIGHT, TONES, palette  # noqa: E402
 
@@ -113,6 +114,44 @@ def test_points_of_figures_are_links_with_words(comparison: Comparison, drawn: d
 def test_figures_are_valid_vega_lite(figures: list[Figure]) -> None:
     for figure in figures:
         assert figure.chart.to_dict(validate=True)
+
+
+def times(*contexts: int) -> dict[tuple[str, int], float]:
+    return {(backend, context): 100.0 + context for backend in ("fa3", "triton") for context in contexts}
+
+
+def test_no_line_is_drawn_across_a_row_without_a_number(tmp_path: Path) -> None:
+    contexts = (1024, 2048, 3072, 4096, 5120)
+    folder = sweep(tmp_path, times(*contexts))
+    path = next(folder.glob(ROWS_FILE))
+    rows = path.read_text().splitlines()
+    gap = next(n for n, row in enumerate(rows) if '"name": "fa3"' in row and '"context_len": 3072' in row)
+    rows[gap] = rows[gap].replace('"status": "ok"', '"status": "suspect"')
+    path.write_text("\n".join(rows) + "\n")
+    figure = latency_figure(compare([path], "backend"))
+    assert figure is not None
+    lines = re.findall(r'<path d="([^"]*L[^"]*)" stroke=', svg(figure))
+    assert sorted(d.count("M") for d in lines) == [1, 2]
+
+
+@pytest.mark.parametrize(("last", "kind"), [(2048, None), (131072, "log")])
+def test_an_axis_is_logarithmic_where_numbers_differ_manyfold(
+    tmp_path: Path, last: int, kind: str | None
+) -> None:
+    figure = latency_figure(compare([sweep(tmp_path, times(1024, last))], "backend"))
+    assert figure is not None
+    scales = re.findall(r"'field': 'y', 'scale': ({.*?})", str(figure.chart.to_dict()))
+    assert scales
+    assert all(("'log'" in scale) == (kind == "log") for scale in scales)
+
+
+def test_lines_along_page_sizes_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    for size in (1, 16):
+        sweep(tmp_path / str(size), times(1024), page=size)
+    figure = page_size_figure(compare([tmp_path], "kv.page_size"))
+    assert figure is not None
+    text = svg(figure)
+    assert all(f">{word}</text>" in text for word in ("backend", "fa3", "triton"))
 
 
 def test_what_rows_say_cannot_become_markup(report: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.figures.base import Figure
 from fa_research.compare.figures.costs import cost_figure, regret_figure
+from fa_research.compare.figures.ledger import ledger_figures
 from fa_research.compare.figures.lines import latency_figure, roof_figure
 from fa_research.compare.figures.page_size import page_size_figure
 from fa_research.compare.figures.wins import decision_figure
@@ -37,4 +38,5 @@ def draw(comparison: Comparison) -> list[Figure]:
         regret_figure,
         page_size_figure,
     )
-    return [figure for make in makers if (figure := make(comparison)) is not None]
+    made = [figure for make in makers if (figure := make(comparison)) is not None]
+    return made + ledger_figures(comparison)

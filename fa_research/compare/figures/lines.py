@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _MOST_PANELS = 12
 _MILLISECONDS_FROM = 5000.0  # microseconds: larger times are drawn in ms
+_LOGARITHMIC_FROM = 50.0  # the largest number of a panel over its smallest
+_DECADES = [m * 10.0**n for n in range(-3, 9) for m in (1, 3)]  # ticks of a logarithmic axis
+_GAP: Point = {"y": None, "low": None, "high": None}  # no line is drawn across what has no number
 
 
 def latency_figure(comparison: Comparison) -> Figure | None:
@@ -76,21 +79,40 @@ def _series(
     panels = _panels(comparison, x, point) if x else {}
     if not panels or x is None:
         return None
-    highest = max(p["y"] for points in panels.values() for p in points)
-    scale = alt.Scale(zero=True, nice=True) if top is None else alt.Scale(domain=[0, max(top, highest)])
+    if top is not None:
+        highest = max(p["y"] for points in panels.values() for p in _drawn(points))
+        scale = alt.Scale(domain=[0, max(top, highest + 3)], nice=False)  # room for a mark on the roof
+    elif max(map(_spread, panels.values())) >= _LOGARITHMIC_FROM:
+        scale = alt.Scale(type="log", nice=True)
+    else:
+        scale = alt.Scale(zero=True, nice=True)
+    up = alt.Y("y:Q").title(title).scale(scale).axis(minExtent=48, tickCount=5)
+    if scale["type"] == "log":
+        up = up.axis(minExtent=48, values=_DECADES)
     size = (560, 300) if len(panels) == 1 else (250, 180)
     charts = [
-        _panel(comparison, points, axis_title(x), alt.Y("y:Q").title(title).scale(scale))
+        _panel(comparison, points, axis_title(x), up)
         .properties(width=size[0], height=size[1])
         .properties(**_panel_title(name))
         for name, points in panels.items()
     ]
-    extent = _extent(comparison, sum(map(len, panels.values())))
+    extent = _extent(comparison, sum(len(_drawn(points)) for points in panels.values()))
     if len(charts) == 1:
         return charts[0], extent
     columns = 2 if len(charts) in (2, 4) else 3
     joined = alt.concat(*charts, columns=columns, bounds="flush", spacing={"row": 84, "column": 84})
     return joined.resolve_scale(color="shared", shape="shared"), extent
+
+
+def _drawn(points: list[Point]) -> list[Point]:
+    """The points that have a number; the others are gaps in their lines."""
+    return [p for p in points if p["y"] is not None]
+
+
+def _spread(points: list[Point]) -> float:
+    """The largest number over the smallest; 1 where one is not positive and no logarithm can be drawn."""
+    values = [p["y"] for p in _drawn(points)]
+    return max(values) / min(values) if min(values) > 0 else 1.0
 
 
 def _panel_title(name: str) -> dict[str, Any]:
@@ -123,7 +145,6 @@ def _panel(comparison: Comparison, points: list[Point], x_title: str, up: alt.Y)
         else along.scale(nice=False, padding=12)
     )
     along = along.axis(values=xs if len(xs) <= 9 else alt.Undefined, labelExpr=label, grid=False)
-    up = up.axis(minExtent=48, tickCount=5)
     layers = []
     # A layer for each answer: a scale of fills or dashes would be merged into the legend of the points.
     for label, (tone, _, dashes) in palette(comparison.labels).items():
@@ -136,7 +157,7 @@ def _panel(comparison: Comparison, points: list[Point], x_title: str, up: alt.Y)
         layers += [band, mine.mark_line(strokeWidth=1.8, color=tone, strokeDash=dashes).encode(y=up)]
     color, shape = encodings(comparison)
     # hollow, so that answers on top of each other can all be seen
-    dots = chart_of(points).mark_point(filled=False, size=60, strokeWidth=1.8, opacity=1)
+    dots = chart_of(_drawn(points)).mark_point(filled=False, size=60, strokeWidth=1.8, opacity=1)
     dots = dots.encode(x=along, y=up, color=color, shape=shape, href="href:N", description="description:N")
     return alt.layer(*layers, dots)
 
@@ -151,9 +172,8 @@ def _panels(comparison: Comparison, x: str, point: Callable[[Entry], Point | Non
         where = {key: value for key, value in cell.where.items() if key != x}
         _, points = found.setdefault(repr(where), (where, []))
         for entry in cell.entries.values():
-            if (drawn := point(entry)) is not None:
-                points.append(linked(comparison, cell, entry) | {"x": at} | drawn)
-    kept = [panel for panel in found.values() if len({p["x"] for p in panel[1]}) > 1][:_MOST_PANELS]
+            points.append(linked(comparison, cell, entry) | {"x": at} | (point(entry) or _GAP))
+    kept = [panel for panel in found.values() if len({p["x"] for p in _drawn(panel[1])}) > 1][:_MOST_PANELS]
     differing = [k for k in (kept[0][0] if kept else ()) if len({repr(where[k]) for where, _ in kept}) > 1]
     return {title_of({key: where[key] for key in differing}): points for where, points in kept}
 
