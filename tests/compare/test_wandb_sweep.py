@@ -47,6 +47,11 @@ def table_of(run_dir: Path) -> list[dict[str, Any]]:
     return [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
 
 
+def exit_codes(run_dir: Path) -> list[int]:
+    """What runs ended with; beside it W&B keeps how many seconds they took, where it was one or more."""
+    return [record["exit_code"] for record in records_of(run_dir, "exit")]
+
+
 def test_a_sweep_is_a_run_with_a_table_lines_figures_and_rows(folder: Path) -> None:
     page, figure = folder / "report.html", folder / "latency.png"
     page.write_text("<title>a report</title>")
@@ -55,7 +60,7 @@ def test_a_sweep_is_a_run_with_a_table_lines_figures_and_rows(folder: Path) -> N
     (run_dir,) = runs_of(folder)
     (about,) = records_of(run_dir, "run")
     assert (about["run_group"], about["job_type"], about["tags"]) == ("cells", "sweep", ["a study"])
-    assert records_of(run_dir, "exit") == [{"exit_code": 0}]
+    assert exit_codes(run_dir) == [0]
     summary = merged(run_dir, "summary")
     counted = {name: summary[name] for name in ("cells", "cells_ok", "cells_unsupported")}
     assert counted == {"cells": 9, "cells_ok": 8, "cells_unsupported": 1}
@@ -126,7 +131,7 @@ def test_a_w_and_b_that_fails_is_a_warning(folder: Path, caplog: pytest.LogCaptu
     assert mirror_sweep(folder, OFFLINE, "study", [broken]) is None
     (said,) = (r.getMessage() for r in caplog.records if r.name.startswith("fa_research"))
     assert "W&B failed, the sweep is complete on disk" in said
-    assert records_of(runs_of(folder)[0], "exit") == [{"exit_code": 1}]
+    assert exit_codes(runs_of(folder)[0]) == [1]
 
 
 def test_disabled_leaves_w_and_b_out(folder: Path) -> None:
