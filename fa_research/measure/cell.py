@@ -19,7 +19,7 @@ from fa_research.measure.ledger import ledger
 from fa_research.measure.nvml import open_monitor
 from fa_research.measure.oracle import Oracle, check_attention, compare_logits, reprefill
 from fa_research.measure.roofline import measure_roof, measure_roof_again
-from fa_research.measure.self_test import self_test
+from fa_research.measure.self_test import cannot, self_test
 from fa_research.measure.timing import Timer, Timing
 from fa_research.measure.work import attention_work
 from fa_research.models import Decoder
@@ -92,6 +92,8 @@ def measure(
     result = Measurement()
     if engine.device.type == "cuda" and engine.config.measure.self_test:
         result.metrics |= self_test(engine.device, timer.kind)
+        if reason := cannot():
+            result.notes.append(f"the timer was not tested: {reason}")
     for unit in workload.units():
         timing = timer.time(unit.run, unit.samples, reset=unit.reset)
         result.add(unit.name, timing)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from statistics import median
@@ -27,14 +26,6 @@ NOOP_LIMIT_US = 50.0
 COLD_OVER_WARM = 1.2
 _LOADS, _LINES = 128, 1 << 16  # of 128 bytes: 8 MiB, which any L2 holds together with what is chased
 _ATTEMPTS = 3  # a neighbour's kernel in between is no fault of the clock
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """What the self-test saw: columns for the row, and what is wrong."""
-
-    columns: dict[str, float]
-    problems: tuple[str, ...]
 
 
 def judge(columns: dict[str, float]) -> tuple[str, ...]:
@@ -64,22 +55,30 @@ def self_test(device: torch.device, kind: TimerKind) -> dict[str, float]:
 
     For each way of timing: `_rate` is timed over known, of the time between two kernels of known duration (1: right),
     `_noop_us` the time of nothing. `_host_ratio`: a known kernel by the host's clock. `_cold_over_warm`: a chain of
-    loads after a flush over the same chain again.
+    loads after a flush over the same chain again. `_attempts`, where the first was off: how many it took. Empty where
+    `cannot` says why.
 
     Raises TimingError where one of them is off in every attempt: then no time of this machine can be trusted.
     """
-    if find_spec("triton") is None or torch.version.hip:
+    if cannot():
         return {}
-    findings = Findings({}, ())
-    for _ in range(_ATTEMPTS):
+    problems: tuple[str, ...] = ()
+    for attempt in range(1, _ATTEMPTS + 1):
         columns = _attempt(device, kind)
-        findings = Findings(columns, judge(columns))
-        if not findings.problems:
-            return findings.columns
+        problems = judge(columns)
+        if not problems:
+            return columns | ({"self_test_attempts": float(attempt)} if attempt > 1 else {})
     raise TimingError(
-        f"the self-test of timing failed on this machine: {'; '.join(findings.problems)}. Is another program using the "
-        "GPU? measure.self_test=false measures all the same"
+        f"the self-test of timing failed on this machine: {'; '.join(problems)}. Is another program using the GPU? "
+        "measure.self_test=false measures all the same"
     )
+
+
+def cannot() -> str | None:
+    """Why there is no self-test on this machine's GPU; None where there is."""
+    if torch.version.hip:
+        return "its kernels read the clock of NVIDIA GPUs"
+    return "its kernels need triton, which is not installed" if find_spec("triton") is None else None
 
 
 def _attempt(device: torch.device, kind: TimerKind) -> dict[str, float]:

@@ -7,8 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from fa_research.measure.self_test import judge
+from fa_research.config import TimerKind
+from fa_research.errors import TimingError
+from fa_research.measure import self_test as module
+from fa_research.measure.self_test import cannot, judge, self_test
 
 GOOD = {
     "self_test_events_rate": 1.001, "self_test_events_noop_us": 2.3, "self_test_events_graph_rate": 0.999,
@@ -37,6 +41,28 @@ def test_good_numbers_pass() -> None:
 def test_each_bad_one_is_named(name: str, value: float) -> None:
     (problem,) = judge(GOOD | {name: value})
     assert problem.startswith(f"{name}=")
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2, 3])
+def test_attempts_that_failed_are_told(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = [GOOD | {"self_test_host_ratio": 2.0}] * bad + [GOOD]
+    monkeypatch.setattr(module, "_attempt", lambda *_: attempts.pop(0))
+    self_test.cache_clear()
+    try:
+        if bad == 3:
+            with pytest.raises(TimingError, match=r"self_test_host_ratio=2\.0.*measure\.self_test=false"):
+                self_test(torch.device("cpu"), TimerKind.events)
+            return
+        told = {"self_test_attempts": bad + 1.0} if bad else {}
+        assert self_test(torch.device("cpu"), TimerKind.events) == GOOD | told
+    finally:
+        self_test.cache_clear()
+
+
+def test_where_it_cannot_run_why_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cannot() is None
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert "triton" in str(cannot())
 
 
 COMPILE = r"""
