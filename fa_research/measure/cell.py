@@ -80,6 +80,11 @@ def cell_timer(engine: Engine) -> tuple[Timer, list[str]]:
         kind=options.timer,
         monitor=monitor,
     )
+    if timer.on_gpu and engine.backend.capabilities.host_planning:
+        notes.append(
+            f"backend={engine.backend.name} plans while the GPU still runs the sample before or flushes L2: a unit's "
+            "time holds what of the planning outlasts that; its host_us is the host's own time"
+        )
     return timer, notes
 
 

@@ -13,8 +13,9 @@ from fa_research.workloads.base import Pass
 
 @dataclass(frozen=True, slots=True)
 class AttentionWork:
-    """Of one pass over all layers. bytes: keys and values that some query sees, queries and outputs, each once. flops:
-    two per multiply-add of the allowed scores and of their weighted sum."""
+    """Of one pass over all layers. bytes: keys and values that some query sees, queries and outputs, each once (pages
+    that requests share: once for each of them, though an L2 may spare some). flops: two per multiply-add of the allowed
+    scores and of their weighted sum."""
 
     bytes: int
     flops: int

@@ -9,11 +9,12 @@ import torch
 
 from fa_research.config import L2State, Level
 from fa_research.measure import cell as cell_module
-from fa_research.measure.cell import Measurement, _attention_parts, _rates, measure
+from fa_research.measure.cell import Measurement, _attention_parts, _rates, cell_timer, measure
 from fa_research.measure.roofline import Roof, measure_roof
 from fa_research.measure.timing import Timer
 from fa_research.measure.work import attention_work
 from fa_research.models import Decoder
+from tests.measure.test_ledger import plan_on_the_host
 from tests.workloads.cells import LEVELS, cell, prepared
 
 UNITS = {
@@ -49,6 +50,19 @@ def test_every_unit_has_its_columns(name: str, level: Level) -> None:
         assert result.metrics[f"{unit.name}_tokens_per_s"] == pytest.approx(rate)
     assert len(ticks) == len(UNITS[name]) + bool(parts)
     assert result.suspicions == []
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("host_planning", [False, True])
+def test_planning_that_a_time_may_not_hold_is_told(
+    on_gpu: bool, host_planning: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = prepared(cell("decode"))
+    if host_planning:
+        plan_on_the_host(monkeypatch)
+    monkeypatch.setattr(Timer, "on_gpu", on_gpu)
+    _, notes = cell_timer(engine)
+    assert any("plans while the GPU still runs" in note for note in notes) == (on_gpu and host_planning)
 
 
 def test_memory_columns() -> None:
