@@ -23,13 +23,13 @@ from torch.nn.attention import flex_attention as flex
 
 from fa_research.attention.lowering import Lowering
 from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.backends.flex_options import OPTIONS, check_options
 from fa_research.backends.flex_pages import TILE, Blocks, Tiles, cut, list_pages
 from fa_research.errors import Unsupported
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import AttentionSpec, Capabilities
 
 _SMALLEST_BLOCK = 16  # keys: what a Triton dot takes
-_OPTIONS = {"block_m": "BLOCK_M", "block_n": "BLOCK_N", "num_warps": "num_warps", "num_stages": "num_stages"}
 
 Run = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -43,11 +43,12 @@ class FlexBackend(AttentionBackend):
     `backend.options.block_m`, `block_n`, `num_warps` and `num_stages` go to its Triton kernels."""
 
     name = "flex"
-    option_names = frozenset(_OPTIONS)
+    option_names = frozenset(OPTIONS)
     combine_kernels = ("triton_per_", "triton_red_", "triton_poi_")  # the template itself is triton_tem_
 
     def __init__(self, settings: BackendSettings, specs: Any) -> None:
         super().__init__(settings, specs)
+        check_options(settings)
         self._runs: dict[tuple[Any, ...], Run] = {}
         # torch.compile's backend; None: nothing is compiled.
         self.compiler = "inductor" if settings.device.type == "cuda" else None
@@ -103,7 +104,10 @@ class FlexBackend(AttentionBackend):
     def notes(self) -> tuple[str, ...]:
         if self.settings.device.type == "cuda":
             return ()
-        return ("backend=flex: on the CPU it materialises every score of the pool; for correctness only",)
+        without = "" if not self.settings.options else ", and backend.options change nothing"
+        return (
+            f"backend=flex: on the CPU it materialises every score of the pool; for correctness only{without}",
+        )
 
     def attend(
         self,
@@ -177,7 +181,7 @@ class FlexBackend(AttentionBackend):
             options["BLOCK_M"] = 32
         if self.settings.num_splits and decode:
             options["SPLIT_KV"] = self.settings.num_splits
-        return options | {_OPTIONS[name]: value for name, value in self.settings.options.items()}
+        return options | {OPTIONS[name]: value for name, value in self.settings.options.items()}
 
 
 def make_run(spec: AttentionSpec, page_size: int, return_lse: bool, options: dict[str, Any]) -> Run:

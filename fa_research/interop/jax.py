@@ -54,7 +54,7 @@ def paged_attention(
             slice of the latter inside jit would be a copy of the layer.
         page_table_BP, cache_seqlens_B: int32 page ids and lengths in tokens, those of q included.
         cu_seqlens_q_B1: int32 cumulative query lengths; None for decode, where each request has one query.
-        backend: `auto`, `torch`, `triton`, `fa2`, `fa3`. mask: `fa_research.masks` (None: causal).
+        backend: `auto`, or any but `jax` and `flashinfer`. mask: `fa_research.masks` (None: causal).
         scale: of q.k (None: 1 / sqrt(D)). softcap: 0 for none. sinks_H: one more logit a head, float32.
         max_seq_len_q, max_seq_len_k: bounds of the lengths; None: all of T, and as much as the page table holds.
         device: cpu or cuda; None: where q is, under jit JAX's default.

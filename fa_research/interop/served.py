@@ -111,7 +111,9 @@ def shared_backend(
     name: str, device: torch.device, dtype: torch.dtype, page_size: int, longest: int, spec: AttentionSpec
 ) -> SharedBackend:
     if name == "jax":
-        raise InteropError("backend=jax serves torch; from JAX take auto, torch, triton, fa2 or fa3")
+        raise InteropError(
+            "backend=jax serves torch; from JAX take auto, torch, triton, flex, fa2, fa3 or fa4"
+        )
     settings = BackendSettings(device, dtype, page_size, longest)
     if name == "auto":
         name, _ = backends.choose(settings, [spec])

@@ -14,7 +14,7 @@ import torch
 from fa_research import backends
 from fa_research.backends.flex import FlexBackend
 from fa_research.backends.flex_pages import cut, list_pages
-from fa_research.errors import Unsupported
+from fa_research.errors import ConfigError, Unsupported
 from fa_research.masks import Causal, Chunked, Full, Mask, SlidingWindow
 from fa_research.metadata import FlashAttentionMetadata
 from tests.backends.replays import check_replays
@@ -155,6 +155,29 @@ def test_what_it_refuses(more: dict[str, Any], reason: str) -> None:
     settings = replace(backends.BackendSettings(torch.device("cpu"), torch.float32, 16, 128), **more)
     with pytest.raises(Unsupported, match=reason):
         backends.create("flex", settings, [make_spec()])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"block_m": "wide"}, "block_m=wide: must be a power of two"),
+        ({"num_warps": 6}, "num_warps=6: must be a power of two"),
+        ({"num_stages": 0}, "num_stages=0: must be a whole number from 1 on"),
+        ({"block_n": 32}, r"block_n=32: .* must divide kv\.page_size=16"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], says: str) -> None:
+    settings = backends.BackendSettings(torch.device("cpu"), torch.float32, 16, 128, options=options)
+    with pytest.raises(ConfigError, match=rf"backend\.options\.{says}"):
+        backends.create("flex", settings, [make_spec()])
+
+
+def test_options_without_an_effect_are_told() -> None:
+    settings = backends.BackendSettings(
+        torch.device("cpu"), torch.float32, 16, 128, options={"num_stages": 3}
+    )
+    (note,) = backends.create("flex", settings, [make_spec()]).notes
+    assert note.endswith("backend.options change nothing")
 
 
 @pytest.mark.gpu
