@@ -148,6 +148,14 @@ def test_only_a_retained_prompt_is_found_when_nobody_else_is_live(tmp_path: Path
         assert columns["trace_prefix_found_tokens"] == found
 
 
+def test_what_goes_first_is_what_was_used_least_recently(tmp_path: Path) -> None:
+    """Two may be retained, and three are done: the first is older than the second, but the third began with it."""
+    first, second, third = (1030, 1, [1, 2, 20]), (1030, 5, [3, 4, 21]), (1030, 6, [1, 9, 22])
+    rows = [first, second, third, (100, 50, [23]), (1030, 1, [1, 2, 24])]
+    workload = replayed(mooncake(tmp_path, rows), concurrency=2, retained_fraction=0.9)
+    assert workload.columns({})["trace_prefix_found_tokens"] == 1 * BLOCK_SIZE + 2 * BLOCK_SIZE
+
+
 def test_waste_counts_a_shared_page_once_and_what_is_retained(tmp_path: Path) -> None:
     """One request at a time, pages of 256: counted by hand."""
     path = mooncake(tmp_path, [(1100, 2, [1, 2, 3]), (700, 2, [1, 4]), (100, 1, [9])])
