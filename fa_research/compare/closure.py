@@ -21,6 +21,10 @@ from fa_research.errors import ConfigError
 from fa_research.tracking import Status
 
 STEP = "decode_step_us"
+_IDLE = ("cuda_graph.batch_sizes", "workload.steps")  # what varies without a word to say on a step
+_HOST_BOUND = (
+    0.5  # share of a step that the host needs to launch it, from which on kernels do not tell the step
+)
 VARIANTS = {
     "bytes": "weights and logits at the measured copy rate; nothing is fitted",
     "one cell": "the rest of the model as measured in one cell, by its bytes",
@@ -93,6 +97,12 @@ def close(paths: Sequence[Path], *, across: bool = False) -> Closure:
     if not kernels or not models:
         raise ConfigError(_what_is_missing(records, kernels, models))
     rows = KernelRows(kernels, across)
+    if waiting := [record for record in models if _waits_for_host(record)]:
+        notes.append(
+            f"{len(waiting)} of {len(models)} rows of a model are left out: the host needs over half of their step to "
+            "launch it (decode_step_host_us), and a sum of kernels says nothing of that"
+        )
+        models = [record for record in models if record not in waiting]
     cells, why = [], []
     for record in models:
         found = rows.attention_us(record)
@@ -102,7 +112,7 @@ def close(paths: Sequence[Path], *, across: bool = False) -> Closure:
             cells.append(Closed(record, {}, *found, rest_bytes(record)))
     if not cells:
         raise ConfigError(
-            f"no decode step of a model can be predicted from these kernel rows: {_shortest(why)}"
+            f"no decode step of a model can be predicted from these kernel rows: {_shortest(why) if why else notes[-1]}"
         )
     if why:
         notes.append(f"{len(why)} of {len(models)} rows of a model have no kernel rows: {_shortest(why)}")
@@ -122,13 +132,16 @@ def _has_step(record: Record) -> bool:
     return isinstance(value, int | float) and value > 0
 
 
+def _waits_for_host(record: Record) -> bool:
+    host = record.row.metrics.get("decode_step_host_us")
+    return isinstance(host, int | float) and host > _HOST_BOUND * record.row.metrics[STEP]
+
+
 def _what_is_missing(records: Sequence[Record], kernels: list[Record], models: list[Record]) -> str:
     levels = sorted({text_of(_level(record)) for record in records})
     needs = []
     if not kernels:
-        needs.append(
-            "rows of workload=decode with workload.level=attention and attention_us, kv_write_us, metadata_us"
-        )
+        needs.append(f"rows of workload=decode with workload.level=attention and {STEP}")
     if not models:
         needs.append(f"rows of workload=decode with workload.level=model and {STEP}")
     given = f"{len(records)} row{'s' * (len(records) != 1)} with workload.level {' and '.join(levels)}"
@@ -143,9 +156,16 @@ def _shortest(why: Sequence[str]) -> str:
 def _name(cells: list[Closed]) -> None:
     records = [cell.record for cell in cells]
     keys = readable(varying(records), records) or ["workload.batch_size", "workload.context_len"]
+    told = [key for key in keys if key not in _IDLE]
+    if _places(records, told) == _places(records, keys):
+        keys = told
     for cell in cells:
         cell.where = {key: cell.record.config.get(key, ABSENT) for key in keys}
     cells.sort(key=lambda cell: [order_of(value) for value in cell.where.values()])
+
+
+def _places(records: Sequence[Record], keys: Sequence[str]) -> int:
+    return len({tuple(repr(record.config.get(key, ABSENT)) for key in keys) for record in records})
 
 
 def _groups(cells: Iterable[Closed]) -> list[list[Closed]]:

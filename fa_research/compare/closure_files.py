@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fa_research.compare.closure import STEP, VARIANTS, Closed, Closure
+from fa_research.compare.closure_ledger import MISSED, missed, missed_line
 from fa_research.compare.keys import short, text_of, title_of
 from fa_research.compare.wording import number, percent
 from fa_research.tracking import CONSOLE
@@ -32,12 +33,12 @@ def print_closure(closure: Closure) -> None:
 
 
 def summary(closure: Closure) -> list[str]:
-    """The median and the worst error of each way to predict."""
+    """The median and the worst error of each way to predict, and what bytes leave out."""
     return [
         f"{variant}: {percent(middle)} off at the median, {_signed(worst)} at worst (at {title_of(cell.where)}), over "
         f"{count} cell{'s' * (count != 1)}"
         for variant, (middle, worst, cell, count) in closure.summary().items()
-    ]
+    ] + missed_line(closure)
 
 
 def notes(closure: Closure) -> list[str]:
@@ -108,14 +109,31 @@ def _write_csv(closure: Closure, path: Path) -> Path:
     variants = _variants(closure)
     head = [*closure.cells[0].where, "attention_path_us", STEP, "rest_bytes"]
     head += [f"{variant.replace(' ', '_')}_{what}" for variant in variants for what in ("us", "error")]
+    head += [f"missed_{part.replace(' ', '_')}_us" for part in MISSED]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*head, "fitted", "kernel_rows", "config_hash", "row"])
         for cell in closure.cells:
             made = [x for variant in variants for x in (cell.predicted.get(variant), cell.error(variant))]
+            made += [(missed(cell) or {}).get(part) for part in MISSED]
             line = [*cell.where.values(), cell.attention_us, cell.measured, cell.rest_bytes, *made]
             writer.writerow([*line, cell in closure.fitted, cell.source, cell.record.hash, cell.record.place])
     return path
+
+
+def _missed_table(closure: Closure) -> list[str]:
+    found = [(cell, parts) for cell in closure.cells if (parts := missed(cell))]
+    if not found:
+        return []
+    keys = list(found[0][0].where)
+    rows = [[*(short(key, keys) for key in keys), "measured - bytes", *MISSED]]
+    rows.append(["---"] * len(rows[0]))
+    for cell, parts in found:
+        values = [sum(parts.values()), *(parts[part] for part in MISSED)]
+        rows.append(
+            [*(text_of(value) for value in cell.where.values()), *(f"{value:+,.0f}" for value in values)]
+        )
+    return ["", "## What bytes miss (us)", "", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _write_markdown(closure: Closure, path: Path, figure: bool) -> Path:
@@ -129,6 +147,7 @@ def _write_markdown(closure: Closure, path: Path, figure: bool) -> Path:
     rows = [[*_line(closure, cell), f"`{cell.record.place}`", f"`{cell.source}`"] for cell in closure.cells]
     lines += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
     lines += ["", "![Errors of the prediction](closure.png)"] * figure
+    lines += _missed_table(closure)
     lines += ["", "## Notes", "", *(f"- {line}" for line in notes(closure))]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

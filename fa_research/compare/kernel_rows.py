@@ -35,11 +35,34 @@ _MOST_NAMED = 4
 Found = tuple[float, str]
 
 
-def path_us(record: Record) -> float | None:
-    """Metadata, KV write and attention of the layers that the row ran; None where one was not timed."""
-    values = [record.row.metrics.get(name) for name in _PARTS]
-    numbers = [float(value) for value in values if isinstance(value, int | float)]
-    return sum(numbers) if len(numbers) == len(_PARTS) else None
+def path_us(record: Record, layers: int | None = None) -> float | None:
+    """The attention path of `layers` layers, or of those that ran: metadata once, KV write and attention of each.
+
+    It is the row's own step, which is this path and nothing else, launched as it runs in a model. Rows without a step
+    have its parts, where metadata is that of a call by itself, the host's time in it. None: neither was timed."""
+    metrics = record.row.metrics
+    metadata, write, attention = (_number(metrics.get(name)) for name in _PARTS)
+    parts = None if write is None or attention is None else write + attention
+    if (step := _number(metrics.get("decode_step_us"))) is None:
+        if parts is None or metadata is None:
+            return None
+        step = parts + metadata
+    once = _number(metrics.get("decode_step_ledger_metadata_us"))
+    if once is None:
+        once = 0.0 if parts is None else max(step - parts, 0.0)
+    if record.config.get("backend.metadata") == "per_layer":
+        once = 0.0
+    ran = layers_run(record)
+    return once + (step - once) * (layers or ran) / ran
+
+
+def layers_run(record: Record) -> int:
+    """How many layers the row's step had."""
+    return int(record.config.get("workload.num_layers") or record.config["model.num_layers"])
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 def key_of(record: Record) -> dict[str, Any]:
@@ -76,7 +99,10 @@ class KernelRows:
         if not alike:
             return f"no kernel row has workload.batch_size={text_of(batch)}"
         timed: dict[int, tuple[Record, float]] = {}
-        for record in sorted(alike, key=lambda record: record.row.finished):
+        wanted = model.config[
+            "model.num_layers"
+        ]  # rows of all layers before those that are scaled, then the latest
+        for record in sorted(alike, key=lambda r: (layers_run(r) == wanted, r.row.finished)):
             if (time := _over_layers(record, model)) is None:
                 return "its layers differ, and the kernel rows ran some of them only (workload.num_layers)"
             timed[record.config["workload.context_len"]] = (record, time)
@@ -103,13 +129,11 @@ def _other_machine(kernel: Record, model: Record) -> str:
 
 def _over_layers(kernel: Record, model: Record) -> float | None:
     """The path's time over all layers of the model; None where the layers that ran do not stand for the rest."""
-    ran = kernel.config.get("workload.num_layers") or kernel.config["model.num_layers"]
-    layers, time = model.config["model.num_layers"], path_us(kernel)
-    assert time is not None, "kernel rows without their times were left out"
+    ran, layers = layers_run(kernel), model.config["model.num_layers"]
     pattern = len(model.config.get("model.local.pattern") or []) or 1
     if ran != layers and (ran % pattern or layers % pattern):
         return None
-    return time * layers / ran
+    return path_us(kernel, layers)
 
 
 def _at(timed: dict[int, tuple[Record, float]], context: int, model: Record) -> Found | str:

@@ -10,7 +10,8 @@ import pytest
 
 from fa_research.compare.__main__ import main
 from fa_research.compare.closure import Closure, close
-from fa_research.compare.kernel_rows import keys_seen, rest_bytes
+from fa_research.compare.closure_ledger import missed, missed_line
+from fa_research.compare.kernel_rows import keys_seen, path_us, rest_bytes
 from fa_research.compare.reading import Record
 from fa_research.errors import ConfigError
 from fa_research.tracking import CONSOLE, ROWS_FILE, Row, Status
@@ -29,9 +30,10 @@ def attention_time(backend: str, batch: int, context: int) -> float:
 def kernel_row(backend: str, context: int, batch: int, *, layers: int | None = None, **options: Any) -> Row:
     config = config_of(backend, context, batch)
     config["workload"] |= {"level": "attention", "num_layers": layers}
-    time = attention_time(backend, batch, context) * (layers or 2) / 2
-    parts = {"metadata_us": 0.1 * time, "kv_write_us": 0.2 * time, "attention_us": 0.7 * time}
-    return row_of(config, **parts, **options)
+    time = attention_time(backend, batch, context)
+    share = (layers or 2) / 2  # metadata is made once
+    parts = {"metadata_us": 0.1 * time, "kv_write_us": 0.2 * time * share, "attention_us": 0.7 * time * share}
+    return row_of(config, **(parts | options))
 
 
 def model_row(backend: str, context: int, batch: int, **options: Any) -> Row:
@@ -108,6 +110,57 @@ def test_some_layers_stand_for_all_where_they_are_alike(tmp_path: Path) -> None:
         row.config["model"]["local"]["pattern"] = [True, False]
     with pytest.raises(ConfigError, match=r"its layers differ.*workload\.num_layers"):
         closed(tmp_path / "local", kernels, models)
+
+
+def test_the_path_is_the_rows_own_step_and_metadata_is_in_it_once() -> None:
+    step = {"metadata_us": 200.0, "kv_write_us": 3.0, "attention_us": 20.0, "decode_step_us": 30.0}
+    alone = record_of(kernel_row("fa3", 1024, 1, layers=2, **step))  # a call of metadata is the host's time
+    assert path_us(alone) == 30.0
+    assert path_us(alone, 8) == pytest.approx(7.0 + 4 * 23.0)
+    ledger = record_of(kernel_row("fa3", 1024, 1, layers=2, decode_step_ledger_metadata_us=6.0, **step))
+    assert path_us(ledger, 8) == pytest.approx(6.0 + 4 * 24.0)
+    ledger.config["backend.metadata"] = "per_layer"
+    assert path_us(ledger, 8) == pytest.approx(4 * 30.0)
+    assert path_us(record_of(row_of(config_of("fa3", 1024, 1), attention_us=20.0))) is None
+
+
+def test_a_row_of_all_layers_goes_before_a_later_one_of_some(tmp_path: Path) -> None:
+    some = kernel_row("fa3", 1024, 1, layers=1, finished="2099-01-01T00:00:00+00:00")
+    some.metrics["attention_us"] = 1000.0
+    some.config_hash = "11111111"
+    found = closed(tmp_path, [kernel_row("fa3", 1024, 1, layers=2), some], [model_row("fa3", 1024, 1)])
+    assert found.cells[0].attention_us == pytest.approx(attention_time("fa3", 1, 1024))
+
+
+def test_a_step_that_waits_for_the_host_is_left_out(tmp_path: Path) -> None:
+    models = [model_row("fa3", context, 1) for context in (1024, 4096)]
+    models[0].metrics["decode_step_host_us"] = 0.6 * models[0].metrics["decode_step_us"]
+    models[1].metrics["decode_step_host_us"] = 0.4 * models[1].metrics["decode_step_us"]
+    kernels = [kernel_row("fa3", context, 1) for context in (1024, 4096)]
+    found = closed(tmp_path, kernels, models)
+    assert [cell.record.config["workload.context_len"] for cell in found.cells] == [4096]
+    assert any("1 of 2 rows of a model are left out: the host" in note for note in found.notes)
+    with pytest.raises(ConfigError, match="1 of 1 rows of a model are left out: the host"):
+        closed(tmp_path / "alone", kernels, models[:1])
+
+
+def test_what_bytes_miss_adds_up_and_is_told_by_the_ledger(tmp_path: Path) -> None:
+    ledger = {"host_plan": 0.0, "metadata": 2.0, "kv_write": 5.0, "attention": 40.0, "combine": 3.0}
+    ledger |= {"model": 2600.0, "sampling": 7.0, "gap": 90.0}
+    model = model_row("fa3", 1024, 1)
+    model.metrics |= {f"decode_step_ledger_{part}_us": value for part, value in ledger.items()}
+    (cell,) = closed(tmp_path, [kernel_row("fa3", 1024, 1)], [model]).cells
+    parts = missed(cell)
+    assert parts is not None
+    assert parts["attention path"] == pytest.approx(50.0 - attention_time("fa3", 1, 1024))
+    assert (parts["sampling"], parts["gap"]) == (7.0, 90.0)
+    assert parts["model"] == pytest.approx(2600.0 - (cell.measured - cell.attention_us) / REST)
+    assert sum(parts.values()) == pytest.approx(cell.measured - cell.predicted["bytes"])
+    closure = closed(tmp_path / "line", [kernel_row("fa3", 1024, 1)], [model])
+    assert missed_line(closure)[0].startswith("what bytes miss, by the ledgers of 1 cell,")
+    del model.metrics["decode_step_ledger_gap_us"]
+    closure = closed(tmp_path / "none", [kernel_row("fa3", 1024, 1)], [model])
+    assert missed_line(closure) == []
 
 
 @pytest.mark.parametrize(
