@@ -82,6 +82,16 @@ def test_outside_jit_too() -> None:
     scene.check_outputs(to_torch(out).split(1), range(len(scene.lens)))
 
 
+@pytest.mark.parametrize("name", ["torch", "auto"])
+def test_under_jit_without_a_device_it_is_jaxs_default(name: str) -> None:
+    device = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    scene = make_scene(device=device)
+    arrays, static = arguments(scene)
+    del static["device"]
+    out = jax.jit(lambda arrays: paged_attention(**arrays, **static, backend=name))(arrays)
+    scene.check_outputs(to_torch(out).split(1), range(len(scene.lens)))
+
+
 def test_the_pool_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = make_scene()
     arrays, static = arguments(scene)
