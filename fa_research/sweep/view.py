@@ -26,7 +26,7 @@ from fa_research.sweep.cells import Cell
 from fa_research.tracking import CONSOLE, Row
 from fa_research.tracking.bars import hand_progress_to
 from fa_research.tracking.cell_rows import count_rows, rows_of
-from fa_research.tracking.screen import table_of
+from fa_research.tracking.screen import DETAIL, table_of
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,8 @@ def in_short(row: Row) -> str:
     """Status and why, or the first time of a row."""
     if row.reasons:
         return f"{row.status}: {'; '.join(row.reasons)}"
-    times = [f" {name}={value:,.4g}" for name, value in row.metrics.items() if name.endswith("_us")]
+    metrics = [(name, value) for name, value in row.metrics.items() if not DETAIL.search(name)]
+    times = [f" {name}={value:,.4g}" for name, value in metrics if name.endswith("_us")]
     return f"{row.status}{''.join(times[:1])}"
 
 

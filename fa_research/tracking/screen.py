@@ -22,7 +22,10 @@ from fa_research.tracking.records import Row, Status
 _PIPE_WIDTH = 160  # columns of a table that no terminal limits
 _QUALITY = ("bits_per_byte", "decode_bits_per_byte", "top1_agreement")
 _LATER = ("_bytes", "_pages", "oracle_bits_per_byte", "decode_top1_agreement", "perplexity", "scored_tokens")
-DETAIL = re.compile(r"_ledger_|^ledger_|_(GB|TFLOP)_per_s$")  # for a report: no column of a sweep's table
+DETAIL = re.compile(
+    r"_ledger_|^ledger_|^self_test_|_(GB|TFLOP)_per_s$"
+)  # for a report: no column of a sweep's table
+_OURS = ("fa_research", "hydra", "HYDRA", "__main__")  # whose log lines are all on the screen
 _STYLES = {Status.ok: "green", Status.unsupported: "dim", Status.suspect: "yellow"}
 
 
@@ -35,8 +38,11 @@ CONSOLE = _console()
 
 
 def log_handler() -> logging.Handler:
-    """The console's log handler, named in configs/hydra/job_logging."""
-    return _ConsoleHandler() if CONSOLE.is_terminal else logging.StreamHandler(sys.stdout)
+    """The console's log handler, named in configs/hydra/job_logging. What others say below a warning (JAX: that there
+    is no TPU) is in the log of the cell alone."""
+    handler = _ConsoleHandler() if CONSOLE.is_terminal else logging.StreamHandler(sys.stdout)
+    handler.addFilter(lambda record: record.levelno > logging.INFO or record.name.startswith(_OURS))
+    return handler
 
 
 class _ConsoleHandler(logging.Handler):

@@ -16,7 +16,8 @@ from fa_research.config.store import CONFIG_DIR, register
 from fa_research.errors import ConfigError
 from fa_research.sweep import exclude
 from fa_research.sweep.cells import Cell
-from fa_research.tracking import ROWS_FILE, Status, read_rows
+from fa_research.sweep.view import in_short
+from fa_research.tracking import ROWS_FILE, Row, Status, read_rows
 from tests.test_cli import ROOT, SMALL, one_error_line, run_py
 
 # Refused by the config's check, so that no worker starts: 0.1 s each.
@@ -234,3 +235,8 @@ def test_the_process_of_a_sweep_imports_no_torch(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "1 row in" in done.stdout
+
+
+def test_a_cells_line_has_its_first_time_and_not_that_of_the_self_test() -> None:
+    metrics = {"self_test_events_noop_us": 3.3, "step_ledger_gap_us": 1.0, "decode_step_us": 1234.0}
+    assert in_short(Row(Status.ok, metrics=metrics)) == "ok decode_step_us=1,234"

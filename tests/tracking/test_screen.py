@@ -22,11 +22,13 @@ from fa_research.tracking.screen import CONSOLE, log_handler
 logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log_handler()])
 with progress("timing", 3) as advance:
     for step in range(3):
-        logging.getLogger("x").info("a log line of step %d " + "with much text " * 20 + "end", step)
+        logging.getLogger("fa_research.x").info("a log line of step %d " + "with much text " * 20 + "end", step)
         with progress("inner", 2) as inner:
             inner()
             inner(1)
         advance()
+logging.getLogger("jax._src.xla_bridge").info("Unable to initialize backend 'tpu'")
+logging.getLogger("jax").warning("beware")
 CONSOLE.print("done")
 """
 
@@ -37,7 +39,9 @@ def test_in_a_pipe_there_are_whole_lines_and_no_control_characters() -> None:
     assert b"\x1b" not in done.stdout
     lines = done.stdout.decode().splitlines()
     assert sum(line.startswith("a log line") and line.endswith("end") for line in lines) == 3
-    assert lines[-1] == "done"
+    assert lines[-2:] == ["beware", "done"] and "tpu" not in done.stdout.decode(), (
+        "others' lines from warnings on"
+    )
     assert done.stderr == b""
 
 
