@@ -218,7 +218,7 @@ def test_an_offline_run_is_made_beside_the_row(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_cell_that_beats_the_roof_is_suspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cell_module, "measure_roof", lambda device, dtype: Roof(1.0, 1.0))
+    monkeypatch.setattr(cell_module, "measure_roof", lambda device, dtype: Roof(1.0, 1.0, 1.0))
     row = run(cell("decode", device="cuda", backend="triton"), tmp_path)
     assert row.status is Status.suspect and times_in(row)
     assert "which cannot be" in row.reasons[0]

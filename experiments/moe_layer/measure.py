@@ -154,7 +154,7 @@ def run_cell(model: str, layers: list[MoE], tokens: int, writer: RowWriter) -> N
             "samples_us": [round(value, 2) for value in values],
             "experts_hit": hit,
             "expert_bytes": read,
-            "copy_bytes_per_s": roof.bytes_per_s,
+            "copy_bytes_per_s": roof.copy_bytes_per_s,
             "matrix_flops_per_s": roof.flops_per_s,
             "bytes_us": read / roof.bytes_per_s * 1e6,
             "time_over_bytes_time": us / (read / roof.bytes_per_s * 1e6),

@@ -209,6 +209,8 @@ def _rates(
         roof = measure_roof_again(engine.device, engine.dtype)
         fraction = roof.fraction(num_bytes, flops, microseconds)
     result.metrics |= {"roof_GB_per_s": roof.bytes_per_s / 1e9, "roof_TFLOP_per_s": roof.flops_per_s / 1e12}
+    result.metrics["roof_copy_GB_per_s"] = roof.copy_bytes_per_s / 1e9
+    result.metrics["roof_read_GB_per_s"] = roof.read_bytes_per_s / 1e9
     result.metrics["roof_from"] = f"cached {roof.measured}" if roof.cached else "measured"
     result.metrics[f"{name}_roof_fraction"] = fraction
     if fraction > _ABOVE_ROOF and result.metrics["timing_l2"] == "cold":

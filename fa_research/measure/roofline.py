@@ -1,5 +1,5 @@
-"""The roof, measured on the GPU at hand: copy bandwidth and matrix rate on random data. Kept on disk for each GPU,
-driver, version of torch and dtype, in `$XDG_CACHE_HOME/fa_research` (`~/.cache/fa_research`)."""
+"""The roof, measured on the GPU at hand: the rates of copying, reading and matrix products on random data. Kept on disk
+for each GPU, driver, version of torch and dtype, in `$XDG_CACHE_HOME/fa_research` (`~/.cache/fa_research`)."""
 
 from __future__ import annotations
 
@@ -23,21 +23,27 @@ from fa_research.measure.timing import Timer
 
 log = logging.getLogger(__name__)
 
-_COPY_BYTES = 1 << 30
+_BYTES = 1 << 30
 _MATRIX = 8192
 _KEPT_DAYS = 30
-_FORMAT = 1  # counts up when the roof is measured in another way
+_FORMAT = 2  # counts up when the roof is measured in another way
 
 
 @dataclass(frozen=True, slots=True)
 class Roof:
-    """Bytes per second that a copy moves (read and written), operations per second of a matrix product, the day they
-    were measured, and whether that was in another process."""
+    """Bytes per second that a copy moves (read and written) and that a sum reads, operations per second of a matrix
+    product, the day they were measured, and whether that was in another process."""
 
-    bytes_per_s: float
+    copy_bytes_per_s: float
+    read_bytes_per_s: float
     flops_per_s: float
     measured: str = ""
     cached: bool = False
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The higher rate: memory that is only read need not turn from reading to writing, which costs a copy time."""
+        return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
     def fraction(self, num_bytes: int, flops: int, microseconds: float) -> float:
         """The time that these bytes or operations take at least, over the time they took."""
@@ -61,16 +67,24 @@ def measure_roof_again(device: torch.device, dtype: torch.dtype) -> Roof:
 
 def _measure(device: torch.device, dtype: torch.dtype, place: Path, identity: dict[str, Any]) -> Roof:
     timer = Timer(device, warmup=3, max_seconds=2.0, l2=L2State.warm)
-    source = torch.randint(-128, 127, (_COPY_BYTES,), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    copy = timer.time(partial(target.copy_, source), 10)
-    del source, target
+    copied, read = _byte_rates(timer, device, _BYTES)
     a, b = (torch.randn(_MATRIX, _MATRIX, device=device).to(dtype) for _ in range(2))
     product = timer.time(lambda: a @ b, 10)
     today = datetime.now(UTC).date().isoformat()
-    roof = Roof(2 * _COPY_BYTES / copy.median_us * 1e6, 2 * _MATRIX**3 / product.median_us * 1e6, today)
+    roof = Roof(copied, read, 2 * _MATRIX**3 / product.median_us * 1e6, today)
     write_roof(place, identity, roof)
     return roof
+
+
+def _byte_rates(timer: Timer, device: torch.device, num_bytes: int) -> tuple[float, float]:
+    """Bytes per second of a copy, both ways counted, and of a sum: of all numbers or of each row, whichever is faster
+    here."""
+    source = torch.randn(num_bytes // 4, device=device)
+    target, rows = torch.empty_like(source), source.view(1 << 12, -1)
+    copy = timer.time(partial(target.copy_, source), 10)
+    sums = [timer.time(run, 10) for run in (source.sum, partial(rows.sum, 1))]
+    read_us = min(timing.median_us for timing in sums)
+    return 2 * num_bytes / copy.median_us * 1e6, num_bytes / read_us * 1e6
 
 
 def _place(device: torch.device, dtype: torch.dtype) -> tuple[Path, dict[str, Any]]:
@@ -100,7 +114,7 @@ def read_roof(place: Path, identity: dict[str, Any], today: date | None = None) 
     today = today or datetime.now(UTC).date()
     try:
         data = json.loads(place.read_text(encoding="utf-8"))
-        rates = float(data["bytes_per_s"]), float(data["flops_per_s"])
+        rates = [float(data[f"{what}_per_s"]) for what in ("copy_bytes", "read_bytes", "flops")]
         measured = date.fromisoformat(data["measured"])
         same = data["identity"] == identity
     except (OSError, ValueError, KeyError, TypeError):
@@ -108,7 +122,8 @@ def read_roof(place: Path, identity: dict[str, Any], today: date | None = None) 
     fresh = timedelta() <= today - measured <= timedelta(days=_KEPT_DAYS)
     if not same or not fresh or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         return None
-    return Roof(*rates, measured.isoformat(), cached=True)
+    copied, read, flops = rates
+    return Roof(copied, read, flops, measured.isoformat(), cached=True)
 
 
 def write_roof(place: Path, identity: dict[str, Any], roof: Roof) -> None:

@@ -216,10 +216,9 @@ def test_the_roof_is_measured_once_and_read_by_the_next_process() -> None:
     assert not first.cached and first.bytes_per_s > 1e11
     measure_roof.cache_clear()  # as in another process
     second = measure_roof(device(), torch.bfloat16)
-    assert second.cached and (second.bytes_per_s, second.flops_per_s) == (
-        first.bytes_per_s,
-        first.flops_per_s,
-    )
+    assert second == dataclasses.replace(first, cached=True)
+    print(first)
+    assert first.read_bytes_per_s >= 0.9 * first.copy_bytes_per_s
     (place,) = cache_folder().iterdir()
     place.write_text(place.read_text()[:40])
     measure_roof.cache_clear()

@@ -117,12 +117,13 @@ def test_what_beats_the_roof_is_suspect(
     microseconds: float, l2: str, suspect: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 1 MB at 1 TB/s and 1 MFLOP at 2 TFLOP/s, a microsecond is the limit; a warm L2 may well be faster."""
-    monkeypatch.setattr(cell_module, "measure_roof", lambda device, dtype: Roof(1e12, 2e12))
+    monkeypatch.setattr(cell_module, "measure_roof", lambda device, dtype: Roof(0.8e12, 1e12, 2e12))
     engine = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     result = Measurement({"timing_l2": l2})
     _rates(engine, "decode_step", 1_000_000, 1_000_000, microseconds, result)  # type: ignore[arg-type]
     assert result.metrics["decode_step_roof_fraction"] == pytest.approx(1 / microseconds)
     assert (result.metrics["roof_GB_per_s"], result.metrics["roof_TFLOP_per_s"]) == (1000, 2)
+    assert (result.metrics["roof_copy_GB_per_s"], result.metrics["roof_read_GB_per_s"]) == (800, 1000)
     assert bool(result.suspicions) == suspect
     if suspect:
         assert "decode_step reached" in result.suspicions[0]

@@ -57,7 +57,7 @@ def _roofline(comparison: Comparison, stem: str) -> Figure | None:
     chart = alt.layer(drawn, named, dots).properties(width=560, height=320)
     caption = (
         f"Operations and bytes that cannot be avoided, each counted once. The roof was measured on the same GPU: "
-        f"{number(roof[0])} GB/s of copying, {number(roof[1])} TFLOP/s of matrix products, which meet at "
+        f"{number(roof[0])} GB/s of memory traffic, {number(roof[1])} TFLOP/s of matrix products, which meet at "
         f"{ridge:.0f} FLOP per byte."
     )
     return Figure(f"roofline_{stem}", f"Roofline: {words(f'{stem}_us')}", caption, chart)
