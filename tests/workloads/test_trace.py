@@ -184,6 +184,20 @@ def test_a_prefix_of_two_live_requests_is_stored_once(tmp_path: Path, page_size:
     assert table[second.row, :1024].equal(table[first.row, :1024])
 
 
+def test_the_extend_pass_leaves_shared_pages_alone(tmp_path: Path) -> None:
+    """The chunk is longer than what the last prompt has of its own."""
+    path = mooncake(tmp_path, [(1100, 9, [1, 2, 3]), (1030, 9, [1, 2, 4])])
+    workload = replayed(path, chunk_size=512)
+    extend = workload.units()[0]
+    kv = workload.engine.cache.kv.k_LNKD
+    before = kv.clone()
+    extend.run()
+    assert extend.tokens == 1030 - 1024
+    written = (kv != before).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
+    row = workload.requests[-1].row
+    assert written == sorted(workload.engine.cache.req_to_token.req_to_token[row, 1024:1030].tolist())
+
+
 def test_the_same_prompt_twice_leaves_a_token_to_compute(tmp_path: Path) -> None:
     path = mooncake(tmp_path, [(1024, 9, [1, 2]), (1024, 9, [1, 2])])
     workload = replayed(path, 256)
