@@ -66,10 +66,8 @@ def launch(main: Callable[[], Any]) -> None:
     global _wants_traceback
     # Hydra's own help takes a second longer: it scans all groups, its own too
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(
-            HELP.format(groups="\n".join(f"  {name:<11} {', '.join(choices(name))}" for name in GROUPS)),
-            end="",
-        )
+        groups = "\n".join(f"  {name:<11} {', '.join(choices(name))}" for name in GROUPS)
+        print(HELP.format(groups=groups), end="")
         return
     # torch's threads sleep while they wait for one another: beside other programs, spinning costs many times the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -84,12 +82,8 @@ def launch(main: Callable[[], Any]) -> None:
             raise
         _exit_with(str(error) if isinstance(error, FaResearchError) else explain(error))
     except KeyboardInterrupt:
-        again = f"hydra.sweep.dir={_sweep_dir}"
-        how = (
-            f"; the same command with {shlex.quote(again)} goes on from the rows made so far"
-            if _sweep_dir
-            else ""
-        )
+        again = shlex.quote(f"hydra.sweep.dir={_sweep_dir}")
+        how = f"; the same command with {again} goes on from the rows made so far" if _sweep_dir else ""
         print(f"interrupted{how}", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # as in `python run.py --cfg job | head -3`

@@ -66,16 +66,10 @@ def paged_attention(
     when the call is traced; what goes wrong while the program runs is a JaxRuntimeError with the error's text.
     """
     jax = import_jax()
-    jnp = jax.numpy
     k_PSKD, v_PSKV, page_table_BP = _one_layer(jax, k_PSKD, v_PSKV, page_table_BP, layer)
     decode = cu_seqlens_q_B1 is None
     if decode:
-        check(
-            q_THD.shape[0] == cache_seqlens_B.shape[0],
-            f"cu_seqlens_q_B1=None means one query a request, there are {q_THD.shape[0]} queries and "
-            f"{cache_seqlens_B.shape[0]} requests",
-        )
-        cu_seqlens_q_B1 = np.arange(q_THD.shape[0] + 1, dtype=np.int32)
+        cu_seqlens_q_B1 = _one_query_each(q_THD, cache_seqlens_B)
     check_arguments(q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B, cu_seqlens_q_B1, sinks_H)
     _, heads, head_dim = q_THD.shape
     spec = AttentionSpec(
@@ -92,17 +86,14 @@ def paged_attention(
     longest = max_seq_len_k or page_table_BP.shape[1] * k_PSKD.shape[1]
     settings = (on, getattr(torch, str(q_THD.dtype)), k_PSKD.shape[1], longest)
     serving = shared_backend(backend, *settings, spec)
-    longest_q = 1
-    if (
-        not decode
-    ):  # at a bound of 1 kernels take the query at i to be that of request i; some may have none here
-        longest_q = max(max_seq_len_q or q_THD.shape[0], 2)
+    # At a bound of 1 kernels take the query at i to be that of request i; some requests may have none here.
+    longest_q = 1 if decode else max(max_seq_len_q or q_THD.shape[0], 2)
     served = Served(serving, decode, longest_q, longest, return_lse)
     arrays = [q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B]
     arrays += [] if decode else [cu_seqlens_q_B1]  # XLA would run a kernel to make a constant
     arrays += [] if sinks_H is None else [sinks_H]
     results = [jax.ShapeDtypeStruct((*q_THD.shape[:2], spec.v_head_dim), q_THD.dtype)]
-    results += [jax.ShapeDtypeStruct(q_THD.shape[:2], jnp.float32)] if return_lse else []
+    results += [jax.ShapeDtypeStruct(q_THD.shape[:2], jax.numpy.float32)] if return_lse else []
     outs = _call(jax, served, on, results, arrays)
     return tuple(outs) if return_lse else outs[0]
 
@@ -122,6 +113,16 @@ def _call(jax: Any, served: Served, on: torch.device, results: list[Any], arrays
         )
 
     return call(*arrays)
+
+
+def _one_query_each(q_THD: Any, cache_seqlens_B: Any) -> np.ndarray:
+    """Cumulative query lengths of decode, [B + 1]."""
+    queries, requests = q_THD.shape[0], cache_seqlens_B.shape[0]
+    said = (
+        f"cu_seqlens_q_B1=None means one query a request, there are {queries} queries and {requests} requests"
+    )
+    check(queries == requests, said)
+    return np.arange(queries + 1, dtype=np.int32)
 
 
 def _one_layer(jax: Any, k: Any, v: Any, page_table_BP: Any, layer: Any) -> tuple[Any, Any, Any]:

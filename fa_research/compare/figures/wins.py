@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fa_research.compare.comparison import Comparison
-from fa_research.compare.decision import decision_map, winner
+from fa_research.compare.decision import DecisionMap, decision_map, winner
 from fa_research.compare.figures.base import MOST_CELLS, Figure, Point, chart_of
 from fa_research.compare.figures.theme import FG, TIE, palette
 from fa_research.compare.keys import text_of, title_of
@@ -14,8 +15,6 @@ from fa_research.compare.wording import axis_title, excess, outcome
 
 def decision_figure(comparison: Comparison) -> Figure | None:
     """Who wins where, by how much."""
-    import altair as alt
-
     drawn = decision_map(comparison.cells)
     if drawn is None:
         return None
@@ -25,6 +24,19 @@ def decision_figure(comparison: Comparison) -> Figure | None:
         for where, places in rows
         for x, number in places.items()
     ]
+    shown = f" The first {len(rows)} of {len(drawn.rows)} rows." if len(rows) < len(drawn.rows) else ""
+    caption = (
+        "The best choice where it is surely better, and by how much the next is behind. Differences below "
+        f"{comparison.tie * 100:g} % or not sure are ties; alone: no other has a number there.{shown}"
+    )
+    chart = _map_chart(comparison, drawn, rows, points)
+    return Figure("decision", f"Which {comparison.question.title} wins where", caption, chart)
+
+
+def _map_chart(comparison: Comparison, drawn: DecisionMap, rows: Sequence[Any], points: list[Point]) -> Any:
+    """Coloured boxes with the winner's name and lead in each."""
+    import altair as alt
+
     look = palette(comparison.labels)
     names = [label for label in [*look, "tie", "none"] if any(p["label"] == label for p in points)]
     colors = [look[label][0] if label in look else TIE for label in names]
@@ -50,15 +62,9 @@ def decision_figure(comparison: Comparison) -> Figure | None:
     who = base.mark_text(color=FG, dy=alt.expr("datum.by ? -6 : 0"), fontSize=12, fontWeight=600)
     much = base.mark_text(color=FG, dy=9, fontSize=10.5).encode(text="by:N")
     width = max(84, 14 + 7 * max(max(len(p["label"]), len(p["by"])) for p in points))
-    chart = alt.layer(boxes, who.encode(text="label:N"), much).properties(
+    return alt.layer(boxes, who.encode(text="label:N"), much).properties(
         width=alt.Step(width), height=alt.Step(42 if len(rows) <= 12 else 34)
     )
-    shown = f" The first {len(rows)} of {len(drawn.rows)} rows." if len(rows) < len(drawn.rows) else ""
-    caption = (
-        "The best choice where it is surely better, and by how much the next is behind. Differences below "
-        f"{comparison.tie * 100:g} % or not sure are ties; alone: no other has a number there.{shown}"
-    )
-    return Figure("decision", f"Which {comparison.question.title} wins where", caption, chart)
 
 
 def _row_name(where: dict[str, Any]) -> str:
