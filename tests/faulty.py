@@ -65,6 +65,18 @@ class KillsItself(_Sound):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class LeavesAChild(_Sound):
+    """Dies, and what it forked lives on and has all that it had open."""
+
+    name = "leaves_a_child"
+
+    def act(self, q_THD: Tensor) -> None:
+        if os.fork() == 0:
+            time.sleep(600)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Exits(_Sound):
     name = "exits"
 

@@ -127,6 +127,8 @@ def test_a_sweep_killed_in_mid_cell_and_resumed_equals_an_unbroken_one(tmp_path:
     begun, deadline = gate.with_suffix(".pid"), time.monotonic() + 100
     while not (begun.exists() and begun.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
+    beside = sweep_of(names, tmp_path, FAULTY_GATE=str(gate))
+    assert beside.returncode == 2 and "hydra.sweep.dir=sweep: another process runs" in beside.stderr
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     _wait_until_gone(int(begun.read_text()))
@@ -143,6 +145,18 @@ def test_a_sweep_killed_in_mid_cell_and_resumed_equals_an_unbroken_one(tmp_path:
     assert rows[0] == kept, "the finished cell was not run again"
     assert [(r.config_hash, r.status) for r in rows] == [(r.config_hash, r.status) for r in unbroken]
     assert len({row.config_hash for row in rows}) == len(names)
+
+
+def test_a_child_of_a_dead_worker_does_not_stand_for_it(tmp_path: Path) -> None:
+    done = sweep_of(["leaves_a_child"], tmp_path)
+    (row,) = read_rows(tmp_path / "sweep" / ROWS_FILE)
+    assert "was killed by SIGKILL" in row.reasons[0], done.stderr
+    worker = re.search(r"in process (\d+)", (tmp_path / "sweep" / "0" / "fa_research.log").read_text())
+    assert worker is not None
+    groups = [path.read_text().rpartition(")")[2].split()[:3] for path in Path("/proc").glob("[0-9]*/stat")]
+    assert not [state for state, _, group in groups if group == worker[1] and state != "Z"], (
+        "the child is left"
+    )
 
 
 @pytest.mark.gpu

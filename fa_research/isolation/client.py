@@ -24,6 +24,7 @@ from fa_research.tracking import CONSOLE, bars
 log = logging.getLogger(__name__)
 
 START_S = 600.0  # for its imports, which on a cold disk take minutes
+_LOOK_S = 2.0  # between looks at whether it lives, where it says nothing
 _LAST_LINES = 8  # of what it wrote to stderr go into the row of a cell that was lost
 _SHOWN_LINES = 100  # of each cell: a failed assertion on a GPU writes one line a thread
 _BOOT = "import sys; sys.path[:] = sys.argv[2:]; from fa_research.isolation.worker import main; main(int(sys.argv[1]))"
@@ -73,7 +74,10 @@ class Worker:
             self._connection.send(request)
         patience, ends = f"did not start within {START_S:g} s", time.monotonic() + START_S
         while (left := ends - time.monotonic()) > 0:
-            for source in self._ready(left):
+            ready = self._ready(min(left, _LOOK_S))
+            if not (ready or self.alive or self._ready(0)):  # what it forked may keep the socket open
+                raise self._lost()
+            for source in ready:
                 if isinstance(source, _Lines):
                     source.read()
                     continue
@@ -98,8 +102,11 @@ class Worker:
         try:
             return cast("tuple[str, Any]", self._connection.recv())
         except (EOFError, OSError):
-            self._drain()
-            raise CellLost([f"its process {self._how_it_ended()}", *self._last_words()]) from None
+            raise self._lost() from None
+
+    def _lost(self) -> CellLost:
+        self._drain()
+        return CellLost([f"its process {self._how_it_ended()}", *self._last_words()])
 
     def _drain(self) -> None:
         """Read what it has written so far, so that it is in the log of the cell that it belongs to."""
