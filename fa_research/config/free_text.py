@@ -33,10 +33,10 @@ def _quoted(argument: str) -> str:
     key, _, value = argument.partition("=")
     name = key.lstrip("+")
     if name in PATHS and value.startswith("~"):
-        return f"{key}={_quotes(value)}"
+        return f"{key}={quotes(value)}"
     if name not in FREE_TEXT or not value or value == "null" or _IN_QUOTES.fullmatch(value):
         return argument
-    return f"{key}={_quotes(escape(value))}"
+    return f"{key}={quotes(escape(value))}"
 
 
 def _quoted_elements(argument: str) -> str:
@@ -55,7 +55,7 @@ def _quoted_elements(argument: str) -> str:
         depth += token == "["
     bare = (part.strip() for part in parts)
     return f"{key}=" + "".join(
-        _quotes(text) if "=" in text and text[0] not in "'\"" else text for text in bare
+        quotes(text) if "=" in text and text[0] not in "'\"" else text for text in bare
     )
 
 
@@ -68,5 +68,6 @@ def escape(plain: Any) -> Any:
     return _INTERPOLATION.sub(r"\1\1\\${", plain) if isinstance(plain, str) else plain
 
 
-def _quotes(value: str) -> str:
+def quotes(value: str) -> str:
+    """The text as Hydra's grammar takes it, whatever is in it."""
     return QuotedString(value, Quote.single).with_quotes()

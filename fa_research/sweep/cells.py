@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fa_research.config import config_hash, to_plain
@@ -19,7 +19,11 @@ from fa_research.errors import ConfigError
 
 @dataclass(eq=False)
 class Cell:
-    """One cell. `plain` is its config as plain data; what cannot be composed is there as it was typed, with `error`."""
+    """One cell. `plain` is its config as plain data; what cannot be composed is there as it was typed, with `error`.
+
+    Attributes:
+        subdir: its folder in the sweep's: `hydra.sweep.subdir`, the number of its job where nothing else is asked for.
+    """
 
     job: int
     overrides: list[str]
@@ -27,6 +31,10 @@ class Cell:
     cfg: DictConfig | None = None
     error: ConfigError | None = None
     choices: dict[str, str] = field(default_factory=dict)
+    subdir: str = ""
+
+    def __post_init__(self) -> None:
+        self.subdir = self.subdir or str(self.job)
 
     @cached_property
     def hash(self) -> str:
@@ -50,14 +58,16 @@ class Composer:
         """A cell, with an error where this cell is none."""
         try:
             cfg = self.loader.load_sweep_config(self.config, list(overrides))
-            plain = to_plain(cfg)
+            with open_dict(cfg):
+                cfg.hydra.job.id = cfg.hydra.job.num = job
+            plain, subdir = to_plain(cfg), str(cfg.hydra.sweep.subdir)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             refusal = ConfigError(explain(error))
             return Cell(job, list(overrides), self._as_asked(overrides), error=refusal)
         if cfg.hydra.sweeper.params != self.config.hydra.sweeper.params:
             refusal = ConfigError(_sweep_in_sweep(cfg, overrides))
             return Cell(job, list(overrides), self._as_asked(overrides), error=refusal)
-        return Cell(job, list(overrides), plain, cfg, choices=dict(cfg.hydra.runtime.choices))
+        return Cell(job, list(overrides), plain, cfg, choices=dict(cfg.hydra.runtime.choices), subdir=subdir)
 
     def _as_asked(self, overrides: Sequence[str]) -> dict[str, Any]:
         """The config of a cell that cannot be composed: what can be, with the rest set as it was typed."""

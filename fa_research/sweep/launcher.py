@@ -11,12 +11,13 @@ from typing import Any
 from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
+from omegaconf import DictConfig, OmegaConf, flag_override
 
+from fa_research.config.free_text import quotes
 from fa_research.errors import CellLost, ConfigError
 from fa_research.sweep import exclude
 from fa_research.sweep.cells import Cell, Composer
-from fa_research.sweep.outcome import clear_stop, outcome, request_stop, rows_by_hash, stop_requested
+from fa_research.sweep.outcome import begin, request_stop, rows_by_hash, stop_requested
 from fa_research.sweep.view import SweepView, watching
 from fa_research.tracking import Row
 from fa_research.tracking.cell_rows import count_rows, record_failure, rows_of, write_row
@@ -25,7 +26,6 @@ log = logging.getLogger(__name__)
 
 _BASIC = "BasicLauncher"  # by name: Hydra loads its plugins a second time, so that there are two such classes
 _MANY = 10  # cells
-_DEFAULT_SUBDIR = "${hydra.job.num}"
 
 
 def pin_sweep_dir(config: DictConfig) -> None:
@@ -33,9 +33,9 @@ def pin_sweep_dir(config: DictConfig) -> None:
 
     Changes `config`, a sweep's own: each cell is composed from its overrides.
     """
-    folder = str(config.hydra.sweep.dir).replace("'", "\\'")
+    folder = quotes(str(config.hydra.sweep.dir))
     with flag_override(config, "readonly", False):
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")
 
 
 class RowPerCellLauncher(Launcher):
@@ -44,28 +44,39 @@ class RowPerCellLauncher(Launcher):
     A cell that cannot be composed gets a row that says why. A cell whose config has a row in the sweep's folder is left
     alone, so that a sweep that was killed goes on where it stopped when it is started again with the same
     `hydra.sweep.dir`, and one that was changed or extended runs only what is new.
+
+    It is given all cells at once, and hands them to a launcher of other processes by `batch_size` (None: all).
     """
 
     def __init__(
-        self, launcher: Launcher, context: HydraContext, task: TaskFunction, config: DictConfig
+        self,
+        launcher: Launcher,
+        context: HydraContext,
+        task: TaskFunction,
+        config: DictConfig,
+        batch_size: int | None = None,
     ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"hydra.sweeper.max_batch_size={batch_size}: must be at least 1, or null")
+        self.batch_size = batch_size
         self.launcher, self.context, self.task, self.config = launcher, context, task, config
         self.sweep_dir = Path(config.hydra.sweep.dir)
         self.fail_fast = bool(config.sweep.fail_fast)
-        self.outcome = outcome(new=True)
-        clear_stop(self.sweep_dir)
+        self.outcome = begin(self.sweep_dir)
 
     def setup(self, **_: Any) -> None:
         """Nothing: the launcher behind is set up already."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Raises ConfigError if no cell can be composed, or if `sweep.exclude` leaves none: the command is wrong."""
+        """Raises ConfigError if no cell can be composed, if `sweep.exclude` leaves none, or if two share a folder:
+        the command is wrong."""
         cells = self._compose(job_overrides, initial_job_idx)
         if all(cell.error for cell in cells):
             assert cells[0].error is not None
             raise cells[0].error
         cells = self._without_excluded(cells)
-        self.outcome.jobs += [cell.job for cell in cells]
+        self._check_folders(cells)
+        self.outcome.folders |= {cell.job: self._folder(cell) for cell in cells}
         wanted = self._without_rows(cells)
         for cell in cells:
             if cell.error is not None:
@@ -108,6 +119,16 @@ class RowPerCellLauncher(Launcher):
             log.info("sweep.exclude leaves out %d of %d cells", len(out), len(cells))
         return [cell for cell in cells if cell.job not in out]
 
+    def _check_folders(self, cells: list[Cell]) -> None:
+        first: dict[str, int] = {}
+        for cell in cells:
+            if (other := first.setdefault(cell.subdir, cell.job)) != cell.job:
+                sweep: Any = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
+                raise ConfigError(
+                    f"hydra.sweep.subdir={sweep['subdir']}: cells #{other} and #{cell.job} would share the folder "
+                    f"{cell.subdir}; put ${{hydra.job.num}} into it"
+                )
+
     def _without_rows(self, cells: list[Cell]) -> list[Cell]:
         """The composed cells that have to be run. A row that lies in another cell's folder is copied to this cell's."""
         known = rows_by_hash(self.sweep_dir)
@@ -126,7 +147,7 @@ class RowPerCellLauncher(Launcher):
         return wanted
 
     def _folder(self, cell: Cell) -> Path:
-        return self.sweep_dir / str(cell.job)
+        return self.sweep_dir / cell.subdir
 
     def _refuse(self, cell: Cell, error: ConfigError) -> None:
         folder = self._folder(cell)
@@ -154,8 +175,6 @@ class RowPerCellLauncher(Launcher):
 
     def _run(self, cell: Cell) -> Row | None:
         assert cell.cfg is not None
-        with open_dict(cell.cfg):
-            cell.cfg.hydra.job.id = cell.cfg.hydra.job.num = cell.job
         cfg, cell.cfg = cell.cfg, None  # composed configs of a long sweep are not kept
         before = count_rows(self._folder(cell))
         try:
@@ -176,16 +195,11 @@ class RowPerCellLauncher(Launcher):
     def _hand_on(self, cells: list[Cell]) -> None:
         """All at once to a launcher that may run them side by side. Launchers number their jobs without gaps, so each
         cell is told its folder."""
-        sweep: Any = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
-        own_subdir = sweep["subdir"] == _DEFAULT_SUBDIR
-        folders = [[f"hydra.sweep.subdir='{cell.job}'"] if own_subdir else [] for cell in cells]
-        jobs = [[*cell.overrides, *folder] for cell, folder in zip(cells, folders, strict=True)]
         before = [count_rows(self._folder(cell)) for cell in cells]
         _export_path()
         try:
             with watching(cells, self._folder):
-                returns = self.launcher.launch(jobs, cells[0].job)
-            rows = [done.return_value for done in returns]
+                rows = [row for batch in self._batches(cells) for row in self._launch(batch)]
         except Exception as error:
             log.exception("the launcher failed")
             lost = CellLost([f"the launcher lost it: {' '.join(str(error).split())[:300]}"])
@@ -195,6 +209,14 @@ class RowPerCellLauncher(Launcher):
             ]
         for cell, row in zip(cells, rows, strict=True):
             self._note(cell, row)
+
+    def _batches(self, cells: list[Cell]) -> list[list[Cell]]:
+        size = self.batch_size or len(cells)
+        return [cells[i : i + size] for i in range(0, len(cells), size)]
+
+    def _launch(self, cells: list[Cell]) -> list[Row | None]:
+        jobs = [[*cell.overrides, f"hydra.sweep.subdir={quotes(cell.subdir)}"] for cell in cells]
+        return [done.return_value for done in self.launcher.launch(jobs, cells[0].job)]
 
     def _note(self, cell: Cell, row: Row | None) -> None:
         """Keep of a cell what its folder does not tell."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fa_research.errors import ConfigError
 from fa_research.tracking.cell_rows import rows_of
 
 if TYPE_CHECKING:
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LOCK_FILE = ".lock"  # in the sweep's folder, held as long as the sweep runs
 _STOP_FILE = ".stopped"  # in the sweep's folder: with sweep.fail_fast, cells that have not begun are not run
 
 
@@ -23,25 +27,51 @@ class Outcome:
     """Of the sweep that this process launched.
 
     Attributes:
-        jobs: numbers of its cells, those that were left out by `sweep.exclude` not among them.
+        folders: of its cells, by number; those that `sweep.exclude` left out are not among them.
         not_run: numbers of the cells that `sweep.fail_fast` kept from running.
         unwritten: rows that the disk did not take, by number.
+        lock: keeps other sweeps from the folder; it goes with the process.
     """
 
-    jobs: list[int] = field(default_factory=list)
+    folders: dict[int, Path] = field(default_factory=dict)
     not_run: list[int] = field(default_factory=list)
     unwritten: dict[int, Row] = field(default_factory=dict)
+    lock: FileIO | None = None
 
 
 _outcome = Outcome()
 
 
-def outcome(new: bool = False) -> Outcome:
-    """The outcome of the sweep under way; `new`: one begins."""
-    global _outcome
-    if new:
-        _outcome = Outcome()
+def outcome() -> Outcome:
+    """The outcome of the sweep under way."""
     return _outcome
+
+
+def begin(sweep_dir: Path) -> Outcome:
+    """A sweep begins, or goes on. Raises ConfigError if another process runs one into the folder."""
+    global _outcome
+    if _outcome.lock is not None:
+        _outcome.lock.close()
+    _outcome = Outcome(lock=_lock(sweep_dir))
+    (sweep_dir / _STOP_FILE).unlink(missing_ok=True)
+    return _outcome
+
+
+def _lock(sweep_dir: Path) -> FileIO | None:
+    """The lock of a folder; None on a file system that has no locks, or no room."""
+    with ExitStack() as closing:
+        try:
+            file = closing.enter_context(FileIO(sweep_dir / _LOCK_FILE, "a"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"hydra.sweep.dir={sweep_dir}: another process runs a sweep into it, and their rows would mix; wait "
+                "for its end or give another folder"
+            ) from None
+        except OSError:
+            return None
+        closing.pop_all()
+    return file
 
 
 def request_stop(sweep_dir: Path) -> None:
@@ -55,23 +85,16 @@ def stop_requested(sweep_dir: Path) -> bool:
     return (sweep_dir / _STOP_FILE).exists()
 
 
-def clear_stop(sweep_dir: Path) -> None:
-    """A sweep begins, or goes on."""
-    (sweep_dir / _STOP_FILE).unlink(missing_ok=True)
-
-
 def gather(sweep_dir: Path, known: Outcome | None = None) -> list[Row]:
     """The rows of all cells of a sweep in job order, written to its rows.jsonl too; a cell without a row is logged.
 
     Folders of cells that `known` does not have (of a longer sweep that used the folder before) are left alone.
     """
+    known = known or Outcome(folders=dict(enumerate(_folders(sweep_dir))))
     rows: list[Row] = []
-    for folder, number in _cells(sweep_dir):
-        if known is not None and number is not None and number not in known.jobs:
-            continue
-        unwritten = known.unwritten.get(number) if known is not None and number is not None else None
-        found = [unwritten] if unwritten else rows_of(folder)[-1:]
-        if not found and (known is None or number not in known.not_run):
+    for number, folder in sorted(known.folders.items()):
+        found = [known.unwritten[number]] if number in known.unwritten else rows_of(folder)[-1:]
+        if not found and number not in known.not_run:
             log.warning("%s has no row: its process ended before it could write one", folder)
         rows.extend(found)
     _write(sweep_dir, rows)
@@ -92,22 +115,20 @@ def _write(sweep_dir: Path, rows: list[Row]) -> None:
         log.error("cannot write %s: %s; the rows are in the cells' folders", sweep_dir / ROWS_FILE, error)
 
 
-def _cells(sweep_dir: Path) -> list[tuple[Path, int | None]]:
-    """The folders of a sweep's cells with their job numbers where they have one, in that order."""
+def _folders(sweep_dir: Path) -> list[Path]:
+    """The folders of a sweep's cells, by their numbers where they have one."""
     found = {path.parent for pattern in (".hydra", "rows.jsonl") for path in sweep_dir.rglob(pattern)}
-    numbered = {folder: int(folder.name) if folder.name.isdigit() else None for folder in found - {sweep_dir}}
 
     def order(folder: Path) -> tuple[int, Path]:
-        number = numbered[folder]
-        return (-1 if number is None else number), folder
+        return (int(folder.name) if folder.name.isdecimal() else -1), folder
 
-    return [(folder, numbered[folder]) for folder in sorted(numbered, key=order)]
+    return sorted(found - {sweep_dir}, key=order)
 
 
 def rows_by_hash(sweep_dir: Path) -> dict[str, Row]:
     """The newest row of each config in the folders of a sweep's cells, by config hash; none that ended in an error."""
     found: dict[str, Row] = {}
-    for folder, _ in _cells(sweep_dir):
+    for folder in _folders(sweep_dir):
         for row in rows_of(folder):
             if row.config_hash and (
                 row.config_hash not in found or found[row.config_hash].finished <= row.finished

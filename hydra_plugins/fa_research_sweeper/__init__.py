@@ -18,7 +18,10 @@ class FaResearchSweeper(BasicSweeper):
         pin_sweep_dir(config)
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         assert self.launcher is not None
-        self.launcher = RowPerCellLauncher(self.launcher, hydra_context, task_function, config)
+        self.launcher = RowPerCellLauncher(
+            self.launcher, hydra_context, task_function, config, self.max_batch_size
+        )
+        self.max_batch_size = None  # whether a command is wrong shows in all of its cells
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Nothing: the launcher composes every cell first."""

@@ -96,6 +96,49 @@ def test_a_mistake_in_exclude_is_one_line(entry: str, part: str, tmp_path: Path)
     assert "sweep.exclude" in line and part in line
 
 
+def test_quotes_that_the_shell_took_are_told(tmp_path: Path) -> None:
+    line = one_error_line(run_py("-m", "seed=0,1", "sweep.exclude=[backend=fa4]", cwd=tmp_path))
+    assert "quote each entry, and all for the shell: \"sweep.exclude=['backend=fa4," in line
+
+
+def test_cells_may_have_folders_of_other_names(tmp_path: Path) -> None:
+    args = [*REFUSED, "hydra.sweep.subdir='it\\'s ${kv.page_size}'"]
+    first = run_py(*args, cwd=tmp_path)
+    rows = read_rows(tmp_path / "sweep" / ROWS_FILE)
+    assert [row.config["kv"]["page_size"] for row in rows] == [300, 301, 302], first.stderr
+    assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == {
+        f"it's {size}" for size in (300, 301, 302)
+    }
+    assert "not on disk" not in first.stdout
+
+
+def test_a_resumed_sweep_finds_folders_of_other_names(tmp_path: Path) -> None:
+    args = ["-m", *SMALL, "seed=0,1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=s${seed}"]
+    for to_run in (2, 0):
+        done = run_py(*args, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"{to_run} of 2 cells to run" in done.stdout and "2 rows in sweep" in done.stdout
+    assert not (tmp_path / "sweep" / "0").exists()
+    assert all(len(read_rows(tmp_path / "sweep" / name / ROWS_FILE)) == 1 for name in ("s0", "s1"))
+
+
+def test_cells_do_not_share_a_folder(tmp_path: Path) -> None:
+    line = one_error_line(run_py(*REFUSED, "seed=0,1", "hydra.sweep.subdir=s${seed}", cwd=tmp_path))
+    assert "hydra.sweep.subdir=s${seed}: cells #0 and #2 would share the folder s0" in line
+
+
+def test_batches_are_of_the_launcher_and_not_of_the_sweep(tmp_path: Path) -> None:
+    """A cell that cannot be composed, or is excluded, is one of all cells, and not all of its batch."""
+    args = [*REFUSED, "kv.page_size=300,x,302", "sweep.exclude=['kv.page_size=302']"]
+    done = run_py(*args, "hydra.sweeper.max_batch_size=1", cwd=tmp_path)
+    assert done.returncode == 1 and not done.stderr
+    assert "matches no cell" not in done.stdout
+    sizes = [row.config["kv"]["page_size"] for row in read_rows(tmp_path / "sweep" / ROWS_FILE)]
+    assert sizes == [300, "x"]
+    line = one_error_line(run_py(*args, "hydra.sweeper.max_batch_size=0", cwd=tmp_path))
+    assert "hydra.sweeper.max_batch_size=0: must be at least 1" in line
+
+
 @pytest.fixture(scope="module")
 def composed() -> list[Cell]:
     """Cells of `backend=torch,triton kv.page_size=1,16`, with another measure group in the second half."""
@@ -193,7 +236,7 @@ def test_cells_are_isolated_under_every_launcher(launcher: list[str], plugin: st
         "sweep.exclude=['seed=1,backend.name=crashes']",
     ]
     done = run_py(
-        *args, "backend.name=crashes,sound_a", *launcher, cwd=tmp_path, timeout=250,
+        *args, "backend.name=crashes,sound_a", *launcher, "hydra.sweeper.max_batch_size=2", cwd=tmp_path, timeout=250,
         FA_RESEARCH_PLUGINS="tests.faulty",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
