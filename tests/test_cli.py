@@ -347,6 +347,19 @@ def test_an_experiment_that_sweeps_needs_no_flag(tmp_path: Path) -> None:
     ]
 
 
+def test_a_sweep_whose_output_nobody_reads_comes_to_its_end(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "-m", *SMALL, "kv.page_size=300,301", "hydra.sweep.dir=sweep"],
+        cwd=tmp_path, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    with child:
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 1, "as with a reader: both cells are refused"
+    assert len(read_rows(tmp_path / "sweep" / ROWS_FILE)) == 2
+
+
 def test_gathering_takes_the_last_row_of_each_cell_in_job_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -42,8 +42,15 @@ def explain(error: BaseException) -> str:
             f"{error}: a group takes the name of one of its choices, as in backend=triton; --help lists them"
         )
     if isinstance(error, OverrideParseException):
-        return f"cannot read the override {error.override!r}: write key=value, and quote special characters"
+        return _unreadable(str(error.override))
     return " ".join(str(error).split())
+
+
+def _unreadable(override: str) -> str:
+    how = "write key=value, and quote special characters"
+    if override.lstrip("+").partition("=")[0] == "sweep.exclude":  # the shell takes the inner quotes away
+        how = """quote each entry, and all for the shell: "sweep.exclude=['backend=fa4,kv.page_size=1']\""""
+    return f"cannot read the override {override!r}: {how}"
 
 
 def unknown_key(full_key: str, schema: type | None) -> str:

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -29,9 +29,32 @@ _OURS = ("fa_research", "hydra", "HYDRA", "__main__")  # whose log lines are all
 _STYLES = {Status.ok: "green", Status.unsupported: "dim", Status.suspect: "yellow"}
 
 
+class _Screen(Console):
+    """A console whose readers may go, as in `| head`: rows are what counts, so the work goes on without them."""
+
+    def on_broken_pipe(self) -> None:
+        _drop_output()
+        self.quiet = True
+
+
+class _PipeHandler(logging.StreamHandler[TextIO]):
+    """Log lines where there is no terminal, dropped once nobody reads them any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            _drop_output()
+        else:
+            super().handleError(record)
+
+
+def _drop_output() -> None:
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 def _console() -> Console:
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(width=width, highlight=False)
+    return _Screen(width=width, highlight=False)
 
 
 CONSOLE = _console()
@@ -40,7 +63,7 @@ CONSOLE = _console()
 def log_handler() -> logging.Handler:
     """The console's log handler, named in configs/hydra/job_logging. What others say below a warning (JAX: that there
     is no TPU) is in the log of the cell alone."""
-    handler = _ConsoleHandler() if CONSOLE.is_terminal else logging.StreamHandler(sys.stdout)
+    handler = _ConsoleHandler() if CONSOLE.is_terminal else _PipeHandler(sys.stdout)
     handler.addFilter(lambda record: record.levelno > logging.INFO or record.name.startswith(_OURS))
     return handler
 
