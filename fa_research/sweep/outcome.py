@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import logging
-from contextlib import ExitStack, suppress
+import os
+from contextlib import suppress
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class Outcome:
     folders: dict[int, Path] = field(default_factory=dict)
     not_run: list[int] = field(default_factory=list)
     unwritten: dict[int, Row] = field(default_factory=dict)
-    lock: FileIO | None = None
+    lock: int | None = None
 
 
 _outcome = Outcome()
@@ -51,27 +51,29 @@ def begin(sweep_dir: Path) -> Outcome:
     """A sweep begins, or goes on. Raises ConfigError if another process runs one into the folder."""
     global _outcome
     if _outcome.lock is not None:
-        _outcome.lock.close()
+        os.close(_outcome.lock)
     _outcome = Outcome(lock=_lock(sweep_dir))
     (sweep_dir / _STOP_FILE).unlink(missing_ok=True)
     return _outcome
 
 
-def _lock(sweep_dir: Path) -> FileIO | None:
-    """The lock of a folder; None on a file system that has no locks, or no room."""
-    with ExitStack() as closing:
-        try:
-            file = closing.enter_context(FileIO(sweep_dir / _LOCK_FILE, "a"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+def _lock(sweep_dir: Path) -> int | None:
+    """The lock of a folder, as a descriptor; None on a file system that has no locks, or no room."""
+    try:
+        descriptor = os.open(sweep_dir / _LOCK_FILE, os.O_CREAT | os.O_WRONLY, 0o666)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
             raise ConfigError(
                 f"hydra.sweep.dir={sweep_dir}: another process runs a sweep into it, and their rows would mix; wait "
                 "for its end or give another folder"
             ) from None
-        except OSError:
-            return None
-        closing.pop_all()
-    return file
+        return None
+    return descriptor
 
 
 def request_stop(sweep_dir: Path) -> None:
