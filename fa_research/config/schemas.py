@@ -169,7 +169,7 @@ class MeasureConfig:
     ledger: bool = True  # what each part of a step costs; they have to add up
     # overrides of a second engine that is timed in turns with this one, as in [backend=triton]; empty: none
     against: list[str] = field(default_factory=list)
-    timeout_s: float = 1800.0  # a cell of a sweep that takes longer is stopped
+    timeout_s: float = 1800.0  # a cell of a sweep that takes longer is stopped, if it is isolated
 
 
 @dataclass(slots=True)
