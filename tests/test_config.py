@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import pickle
 from collections.abc import Iterator
 
@@ -67,17 +66,6 @@ def test_every_backend_has_a_yaml_file_and_the_reverse() -> None:
     from fa_research import backends
 
     assert set(choices("backend")) == {*backends.names(), "auto"}
-
-
-@pytest.mark.parametrize("name", choices("experiment"))
-def test_every_cell_of_every_experiment_composes(name: str) -> None:
-    params = composed(f"experiment={name}", hydra=True).hydra.sweeper.params or {}
-    sweeps = [
-        [f"{key}={value.strip()}" for value in str(values).split(",")] for key, values in params.items()
-    ]
-    cells = list(itertools.product(*sweeps))
-    hashes = {config_hash(load_config(composed(f"experiment={name}", *cell))) for cell in cells}
-    assert len(hashes) == len(cells)
 
 
 def test_first_ablation_is_two_backends_by_two_page_sizes() -> None:
