@@ -32,6 +32,18 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_what_is_asked(made)
+    _add_how_to_compare(made)
+    made.add_argument(
+        "--out", type=Path, metavar="DIR", help="write CSV, Markdown, figures and report.html here"
+    )
+    made.add_argument(
+        "--wandb", action="store_true", help="make a report on W&B, over the rows' runs; needs a login"
+    )
+    return made
+
+
+def _add_what_is_asked(made: argparse.ArgumentParser) -> None:
     made.add_argument("paths", nargs="+", type=Path, help="folders of results, or rows.jsonl files")
     asked = made.add_mutually_exclusive_group(required=True)
     asked.add_argument("-q", "--question", metavar="KEY", help="config key or group, short or in full")
@@ -40,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="predict decode steps of rows with workload.level=model from rows with workload.level=attention",
     )
+
+
+def _add_how_to_compare(made: argparse.ArgumentParser) -> None:
     made.add_argument("--metric", help="what to compare; the time that most rows have")
     made.add_argument("--regret", action="store_true", help="the best single choice, and who wins where")
     made.add_argument("--across", action="store_true", help="compare rows of different GPUs and versions")
@@ -54,13 +69,6 @@ def parser() -> argparse.ArgumentParser:
         "--tie", type=_percentage, default=1.0, metavar="PERCENT", help="smaller differences are ties; 1"
     )
     made.add_argument("--better", choices=("lower", "higher"), help="where the metric's name does not say")
-    made.add_argument(
-        "--out", type=Path, metavar="DIR", help="write CSV, Markdown, figures and report.html here"
-    )
-    made.add_argument(
-        "--wandb", action="store_true", help="make a report on W&B, over the rows' runs; needs a login"
-    )
-    return made
 
 
 def _percentage(text: str) -> float:
