@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.figures.base import (
     MOST_CELLS,
     Figure,
+    Point,
     chart_of,
     cost_axis,
     cost_point,
@@ -13,13 +17,27 @@ from fa_research.compare.figures.base import (
     linked,
 )
 from fa_research.compare.figures.theme import FG, MUTED
+from fa_research.compare.verdicts import Regret
 from fa_research.compare.wording import excess
+
+if TYPE_CHECKING:
+    import altair as alt
 
 
 def cost_figure(comparison: Comparison) -> Figure | None:
     """Every answer's cost against the best of its cell, with its interval."""
-    import altair as alt
+    points = _cost_points(comparison)
+    if not points:
+        return None
+    total = len(comparison.cells)
+    drawn = min(total, MOST_CELLS)
+    shown = f" The first {drawn} of {total} cells." if drawn < total else ""
+    caption = f"The best median of each cell stands at 0. Bars are 95 % intervals of the ratio.{shown}"
+    chart = _cost_chart(comparison, points, row_height=19 if drawn > 8 else 26)
+    return Figure("cost", "How far each is from the best of its cell", caption, chart)
 
+
+def _cost_points(comparison: Comparison) -> list[Point]:
     cells = list(zip(comparison.cells, comparison.verdicts, strict=True))[:MOST_CELLS]
     points = []
     for place, (cell, verdict) in enumerate(cells):
@@ -32,8 +50,12 @@ def cost_figure(comparison: Comparison) -> Figure | None:
             points.append(
                 point | {"cell": title, "place": place, **cost_point(cost.value, cost.low, cost.high)}
             )
-    if not points:
-        return None
+    return points
+
+
+def _cost_chart(comparison: Comparison, points: list[Point], row_height: int) -> alt.LayerChart:
+    import altair as alt
+
     ends = [p[end] for p in points for end in ("x", "low", "high") if p[end] is not None]
     along = cost_axis(min(ends), max(ends))
     down = alt.Y("cell:N").sort(None).title(None).axis(labelLimit=420, grid=True)
@@ -43,20 +65,11 @@ def cost_figure(comparison: Comparison) -> Figure | None:
     dots = base.mark_point(filled=True, size=60, opacity=1).encode(
         x=along, shape=shape, href="href:N", description="description:N"
     )
-    chart = alt.layer(rules, dots).properties(width=520, height=alt.Step(19 if len(cells) > 8 else 26))
-    shown = (
-        f" The first {len(cells)} of {len(comparison.cells)} cells."
-        if len(cells) < len(comparison.cells)
-        else ""
-    )
-    caption = f"The best median of each cell stands at 0. Bars are 95 % intervals of the ratio.{shown}"
-    return Figure("cost", "How far each is from the best of its cell", caption, chart)
+    return alt.layer(rules, dots).properties(width=520, height=alt.Step(row_height))
 
 
 def regret_figure(comparison: Comparison) -> Figure | None:
     """For each answer: its cost in every cell, and the geometric mean."""
-    import altair as alt
-
     found, count = comparison.regrets
     if count < 2:
         return None
@@ -67,6 +80,15 @@ def regret_figure(comparison: Comparison) -> Figure | None:
                 points.append(
                     linked(comparison, cell, cell.entries[label]) | cost_point(cost.value, None, None)
                 )
+    chart = _regret_chart(comparison, points, found)
+    caption = f"What one choice everywhere costs: a tick for each of {count} cells, a diamond for their geometric mean."
+    return Figure("regret", "Regret of a single choice", caption, chart)
+
+
+def _regret_chart(comparison: Comparison, points: list[Point], found: Sequence[Regret]) -> alt.LayerChart:
+    """Ticks at `points`, and each answer's mean in words."""
+    import altair as alt
+
     means = [
         {"label": r.label, "text": f"mean {excess(r.mean).partition(' [')[0]}"}
         | cost_point(r.mean.value, r.mean.low, r.mean.high)
@@ -82,6 +104,4 @@ def regret_figure(comparison: Comparison) -> Figure | None:
     base = chart_of(means).encode(x=along, y=down)
     dots = base.mark_point(filled=True, size=110, shape="diamond", color=FG, opacity=1)
     text = base.mark_text(color=MUTED, align="left", dx=9, dy=-18, fontSize=11).encode(text="text:N")
-    chart = alt.layer(ticks, dots, text).properties(width=520, height=alt.Step(52))
-    caption = f"What one choice everywhere costs: a tick for each of {count} cells, a diamond for their geometric mean."
-    return Figure("regret", "Regret of a single choice", caption, chart)
+    return alt.layer(ticks, dots, text).properties(width=520, height=alt.Step(52))

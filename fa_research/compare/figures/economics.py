@@ -32,8 +32,18 @@ def _number(metrics: dict[str, Any], name: str) -> float | None:
 
 
 def _pareto(comparison: Comparison) -> Figure | None:
-    import altair as alt
+    points = _pareto_points(comparison)
+    if len(points) < 2:
+        return None
+    asked = comparison.question.name == PAGE_SIZE
+    caption = "Up and to the right is better; along the dashed line no other choice is better in both."
+    if not asked:
+        caption += " Figures at the points are page sizes."
+    chart = _pareto_chart(comparison, points, name_pages=not asked)
+    return Figure("pareto", "Capacity and throughput of page sizes", caption, chart)
 
+
+def _pareto_points(comparison: Comparison) -> list[Point]:
     points: list[Point] = []
     for cell in comparison.cells:
         for entry in cell.entries.values():
@@ -45,9 +55,13 @@ def _pareto(comparison: Comparison) -> Figure | None:
                 point["group"] = repr(others)  # one trace, one model: what can be chosen between
                 point["description"] += f": page size {page}, {number(x)} requests, {number(y)} tokens/s"
                 points.append(point)
-    if len(points) < 2:
-        return None
-    asked = comparison.question.name == PAGE_SIZE
+    return points
+
+
+def _pareto_chart(comparison: Comparison, points: list[Point], name_pages: bool) -> alt.LayerChart:
+    """The points by answer, and each group's front as a line below them."""
+    import altair as alt
+
     color, shape = look_of(comparison.labels, comparison.question.title)
     along = alt.X("x:Q").title("requests in the pool at once, mean").scale(zero=False, padding=24)
     up = alt.Y("y:Q").title("tokens per second, estimated").scale(zero=False, padding=24)
@@ -59,16 +73,9 @@ def _pareto(comparison: Comparison) -> Figure | None:
         color=color, shape=shape, href="href:N", description="description:N"
     )
     layers: list[Any] = [line.encode(x=along, y=up, detail="group:N"), dots]
-    if not asked:
+    if name_pages:
         layers.append(base.mark_text(color=FG, dy=-11, fontSize=11).encode(text="page:N"))
-    chart = alt.layer(*layers).properties(width=560, height=320)
-    caption = (
-        "Up and to the right is better; along the dashed line no other choice is better in both. Figures at the points "
-        "are page sizes."
-        if not asked
-        else "Up and to the right is better; along the dashed line no other choice is better in both."
-    )
-    return Figure("pareto", "Capacity and throughput of page sizes", caption, chart)
+    return alt.layer(*layers).properties(width=560, height=320)
 
 
 def front(points: list[Point]) -> list[Point]:
