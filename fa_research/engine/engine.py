@@ -149,18 +149,8 @@ def create_cache(
     config: Config, needs: Needs, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype
 ) -> PagedKVCache:
     """Pools for the workload, churned as a used allocator would leave them unless `kv.churn=false`."""
-    kv, spec, context_len = config.kv, specs[0], max(needs.seq_lens)
-    if context_len > config.model.max_context_len:
-        raise ConfigError(
-            f"the workload needs a context of {context_len} tokens, model.max_context_len is "
-            f"{config.model.max_context_len}; shorten the workload or choose a model with a longer context"
-        )
-    max_requests = kv.max_requests or len(needs.seq_lens)
-    if max_requests < len(needs.seq_lens):
-        raise ConfigError(
-            f"kv.max_requests={max_requests}: the workload has {len(needs.seq_lens)} requests at once; "
-            "give at least as many, or leave it out"
-        )
+    kv, spec = config.kv, specs[0]
+    max_requests, context_len = _table_shape(config, needs)
     shape = {
         "num_layers": len(specs),
         "num_kv_heads": spec.num_kv_heads,
@@ -181,6 +171,23 @@ def create_cache(
     pool = TokenToKVPool(num_pages, kv.page_size, device=device, **shape)  # type: ignore[arg-type]
     debug = config.debug
     return PagedKVCache(table, allocator, pool, check_invariants=debug.check_invariants, poison=debug.poison)
+
+
+def _table_shape(config: Config, needs: Needs) -> tuple[int, int]:
+    """Requests and tokens a request that the table has room for; raises ConfigError where the workload exceeds them."""
+    context_len, num_requests = max(needs.seq_lens), len(needs.seq_lens)
+    if context_len > config.model.max_context_len:
+        raise ConfigError(
+            f"the workload needs a context of {context_len} tokens, model.max_context_len is "
+            f"{config.model.max_context_len}; shorten the workload or choose a model with a longer context"
+        )
+    max_requests = config.kv.max_requests or num_requests
+    if max_requests < num_requests:
+        raise ConfigError(
+            f"kv.max_requests={max_requests}: the workload has {num_requests} requests at once; "
+            "give at least as many, or leave it out"
+        )
+    return max_requests, context_len
 
 
 def rope_notes(config: Config, needs: Needs) -> list[str]:

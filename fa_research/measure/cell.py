@@ -100,17 +100,7 @@ def measure(
         if reason := cannot():
             result.notes.append(f"the timer was not tested: {reason}")
     for unit in workload.units():
-        timing = timer.time(unit.run, unit.samples, reset=unit.reset)
-        result.add(unit.name, timing)
-        result.metrics[f"{unit.name}_tokens_per_s"] = unit.tokens / timing.median_us * 1e6
-        result.metrics["timing_method"], result.metrics["timing_l2"] = timing.method, timing.l2
-        result.series[f"{unit.name}_us"] = timing.samples_us
-        if unit.host_time and engine.device.type == "cuda":  # on the CPU the host does all of it
-            host = timer.host_time(unit.run, unit.samples, reset=unit.reset)
-            result.metrics[f"{unit.name}_host_us"] = host.median_us
-            result.keep(f"{unit.name}_host_us", host.samples_us)
-        unit.reset()  # the pass that bytes and operations are counted of is the first timed one
-        _roof(engine, workload, unit, timing, result)
+        _measure_unit(engine, workload, unit, timer, result)
         tick()
     if engine.stack is not None:
         _attention_parts(engine, engine.stack, workload, timer, result)
@@ -127,6 +117,21 @@ def measure(
         timed_us = result.metrics.get(f"{unit.name}_span_us", result.metrics[f"{unit.name}_us"])
         result.metrics |= ledger(engine, unit, timer, timed_us)
     return result
+
+
+def _measure_unit(engine: Engine, workload: Workload, unit: Unit, timer: Timer, result: Measurement) -> None:
+    """The unit's times, the host's own among them, and what they come to beside the roof."""
+    timing = timer.time(unit.run, unit.samples, reset=unit.reset)
+    result.add(unit.name, timing)
+    result.metrics[f"{unit.name}_tokens_per_s"] = unit.tokens / timing.median_us * 1e6
+    result.metrics["timing_method"], result.metrics["timing_l2"] = timing.method, timing.l2
+    result.series[f"{unit.name}_us"] = timing.samples_us
+    if unit.host_time and engine.device.type == "cuda":  # on the CPU the host does all of it
+        host = timer.host_time(unit.run, unit.samples, reset=unit.reset)
+        result.metrics[f"{unit.name}_host_us"] = host.median_us
+        result.keep(f"{unit.name}_host_us", host.samples_us)
+    unit.reset()  # the pass that bytes and operations are counted of is the first timed one
+    _roof(engine, workload, unit, timing, result)
 
 
 def _compare(result: Measurement, workload: Workload, other: Workload, timer: Timer) -> None:
