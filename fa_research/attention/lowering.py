@@ -10,6 +10,8 @@ import torch
 from fa_research.masks import Band, Causal
 from fa_research.spec import AttentionSpec, Capabilities
 
+Check = tuple[bool, str]  # whether it holds, and the reason against the backend where it does not
+
 
 class Kind(Enum):
     NATIVE = "native"
@@ -102,10 +104,24 @@ def _basic_reasons(
     checks = [
         (device.type in can.devices, f"device {device.type}: runs on {_list(can.devices)} only"),
         (name in can.dtypes, f"dtype {name}: takes {_list(can.dtypes)}"),
+        *_cache_checks(spec, can, page_size, dtype, kv_dtype),
+        *_layer_checks(spec, can),
+    ]
+    return [reason for ok, reason in checks if not ok]
+
+
+def _cache_checks(
+    spec: AttentionSpec,
+    can: Capabilities,
+    page_size: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None,
+) -> list[Check]:
+    given, own = (str(each).removeprefix("torch.") for each in (kv_dtype, dtype))
+    return [
         (
             kv_dtype in (None, dtype) or can.own_kv_dtype,
-            f"kv.dtype {str(kv_dtype).removeprefix('torch.')}: the kernel takes a cache in the dtype of the "
-            f"queries alone, {name}",
+            f"kv.dtype {given}: the kernel takes a cache in the dtype of the queries alone, {own}",
         ),
         (
             spec.layout in can.layouts,
@@ -115,6 +131,11 @@ def _basic_reasons(
             page_size % can.page_size_multiple == 0,
             f"kv.page_size={page_size}: must be a multiple of {can.page_size_multiple}",
         ),
+    ]
+
+
+def _layer_checks(spec: AttentionSpec, can: Capabilities) -> list[Check]:
+    checks = [
         (
             spec.v_head_dim == spec.head_dim or can.own_v_head_dim,
             f"value head dim {spec.v_head_dim}: the kernel has one head dim, that of the keys is {spec.head_dim}",
@@ -124,7 +145,7 @@ def _basic_reasons(
     if can.head_dims is not None:
         for dim in sorted({spec.head_dim, spec.v_head_dim}):
             checks.append((dim in can.head_dims, f"head dim {dim}: takes {_dims(can.head_dims)}"))
-    return [reason for ok, reason in checks if not ok]
+    return checks
 
 
 def _dims(dims: frozenset[int]) -> str:
