@@ -9,7 +9,7 @@ from typing import Any
 
 from fa_research.compare.reading import Record
 from fa_research.errors import ConfigError
-from fa_research.tracking.screen import format_value
+from fa_research.tracking.columns import format_value
 
 # Where and how results are made and kept; not part of the config hash either.
 NOT_MATCHED = ("study", "tracking", "sweep", "measure.timeout_s")

@@ -21,7 +21,7 @@ from fa_research.compare.wording import (
     summary,
 )
 from fa_research.tracking import Status
-from fa_research.tracking.screen import flat, format_value
+from fa_research.tracking.columns import flat, format_value
 
 
 def page(comparison: Comparison, figures: Sequence[tuple[str, str]]) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 from fa_research.config import WORKLOADS, Config, config_hash, to_plain
 from fa_research.errors import ConfigError
 from fa_research.tracking import Row, Status
+from fa_research.tracking.columns import flat
 from fa_research.tracking.records import numbered_rows
-from fa_research.tracking.screen import flat
 from fa_research.tracking.wandb_mirror import SERIES_FILE
 
 TIMED = frozenset({Status.ok, Status.suspect, Status.inaccurate})

@@ -11,7 +11,7 @@ from fa_research.compare.keys import ABSENT, title_of, varying
 from fa_research.compare.overview import Sweep
 from fa_research.compare.reading import Record
 from fa_research.tracking import Status
-from fa_research.tracking.screen import flat
+from fa_research.tracking.columns import flat
 
 
 def name_of(sweep: Sweep, record: Record) -> str:

@@ -15,7 +15,7 @@ from fa_research.compare.reading import TIMED, Record
 from fa_research.compare.row_sections import environment_section, name_of, row_sections
 from fa_research.compare.wording import caveats, quantity, regret_summary, summary
 from fa_research.tracking import Row, Status
-from fa_research.tracking.screen import format_value
+from fa_research.tracking.columns import format_value
 
 _MOST_METRICS = 8
 _MAIN_ENDINGS = (

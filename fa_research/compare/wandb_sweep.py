@@ -19,7 +19,7 @@ from fa_research.compare.overview import Sweep, read_sweep
 from fa_research.compare.wandb_lines import lines_of
 from fa_research.config import TrackingConfig, TrackingMode
 from fa_research.tracking import ROWS_FILE
-from fa_research.tracking.screen import DETAIL, main_metrics
+from fa_research.tracking.columns import DETAIL, main_metrics
 from fa_research.tracking.wandb_runs import open_run, resolve_mode
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from fa_research.compare.comparison import Comparison
 from fa_research.compare.estimates import How, Ratio
 from fa_research.compare.reading import Record
 from fa_research.compare.verdicts import Regret, Verdict
-from fa_research.tracking.screen import format_value
+from fa_research.tracking.columns import format_value
 
 _UNITS = (("_tokens_per_s", "tokens/s"), ("_GB_per_s", "GB/s"), ("_TFLOP_per_s", "TFLOP/s"), ("_us", "us"))
 # Axes of figures, by the last part of a key.

@@ -64,7 +64,7 @@ def ledger(engine: Engine, unit: Unit, timer: Timer, timed_us: float) -> dict[st
     fraction = sum(costs.values()) / timed_us
     if abs(fraction - 1) > TOLERANCE:
         engine.notes.append(
-            f"the ledger of {unit.name} adds up to {fraction:.2f} of the timed {timed_us:.4g} us, not to "
+            f"the ledger of {unit.name} adds up to {fraction:.2f} of the timed {timed_us:,.0f} us, not to "
             f"{1 - TOLERANCE:.2f} .. {1 + TOLERANCE:.2f}"
         )
     columns = {f"{unit.name}_{name}": value for name, value in columns.items()}

@@ -26,7 +26,8 @@ from fa_research.sweep.cells import Cell
 from fa_research.tracking import CONSOLE, Row
 from fa_research.tracking.bars import hand_progress_to
 from fa_research.tracking.cell_rows import count_rows, rows_of
-from fa_research.tracking.screen import DETAIL, table_of
+from fa_research.tracking.columns import DETAIL, format_value
+from fa_research.tracking.screen import table_of
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def in_short(row: Row) -> str:
     if row.reasons:
         return f"{row.status}: {'; '.join(row.reasons)}"
     metrics = [(name, value) for name, value in row.metrics.items() if not DETAIL.search(name)]
-    times = [f" {name}={value:,.4g}" for name, value in metrics if name.endswith("_us")]
+    times = [f" {name}={format_value(value)}" for name, value in metrics if name.endswith("_us")]
     return f"{row.status}{''.join(times[:1])}"
 
 

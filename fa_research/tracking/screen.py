@@ -10,21 +10,26 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fa_research.tracking.columns import (
+    ASIDE,
+    DETAIL,
+    families,
+    flat,
+    format_value,
+    ledgers,
+    main_metrics,
+    varying_keys,
+)
 from fa_research.tracking.records import Row, Status
 
 _PIPE_WIDTH = 160  # columns of a table that no terminal limits
-_QUALITY = ("bits_per_byte", "decode_bits_per_byte", "top1_agreement")
-_LATER = ("_bytes", "_pages", "oracle_bits_per_byte", "decode_top1_agreement", "perplexity", "scored_tokens")
-DETAIL = re.compile(
-    r"_ledger_|^ledger_|^self_test_|_(GB|TFLOP)_per_s$"
-)  # for a report: no column of a sweep's table
 _OURS = ("fa_research", "hydra", "HYDRA", "__main__")  # whose log lines are all on the screen
 _STYLES = {Status.ok: "green", Status.unsupported: "dim", Status.suspect: "yellow"}
 
@@ -82,7 +87,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_metrics: int = 8) -> None:
-    """Print one row as a list of its metrics, several as a table of what varies between their configs.
+    """Print one row as a list of its main metrics, several as a table of what varies between their configs.
 
     Args:
         metrics: names of the columns; None takes the first `max_metrics` of the main ones.
@@ -97,7 +102,7 @@ def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_m
         table, shown = _fitting(rows, metrics or columns[:max_metrics])
         CONSOLE.print(table)
         if more := [name for name in main if name not in shown]:
-            CONSOLE.print(Text(f"also in the rows: {', '.join(more)}"))
+            CONSOLE.print(Text(f"also in the rows: {families(more)}"))
         said: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             for line in [*row.reasons, *row.notes]:
@@ -124,12 +129,16 @@ def _print_one(row: Row) -> None:
     table.add_column(style="bold")
     table.add_column()
     table.add_row("status", Text(str(row.status), style=_STYLES.get(row.status, "red")))
-    for name, value in [*row.metrics.items(), *flat({"check": row.checks}).items()]:
-        table.add_row(name, Text(format_value(value)))
+    numbers = row.metrics | ledgers(row.metrics) | flat({"check": row.checks})
+    for name, value in numbers.items():
+        if not ASIDE.search(name):
+            table.add_row(name, Text(format_value(value)))
     for kind, lines in (("reason", row.reasons), ("note", row.notes)):
         for line in lines:
             table.add_row(kind, Text(line))
     CONSOLE.print(table)
+    if more := [name for name in numbers if ASIDE.search(name) and "_ledger_" not in name]:
+        CONSOLE.print(Text(f"also in the row: {families(more)}"))
 
 
 def _fitting(rows: Sequence[Row], metrics: Sequence[str], first: int = 0) -> tuple[Table, list[str]]:
@@ -180,54 +189,3 @@ def _broken(name: str, width: int) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
-
-
-def main_metrics(rows: Sequence[Row]) -> list[str]:
-    """Names of the numbers worth a column: no percentiles, counts or settings. Quality, then times, then the rest."""
-    names = dict.fromkeys(
-        name for row in rows for name, value in row.metrics.items() if isinstance(value, int | float)
-    )
-    main = [name for name in names if not re.search(r"_(p\d+_\w+|count)$", name)]
-    return sorted(main, key=lambda name: 0 if name in _QUALITY else 2 if name.endswith(_LATER) else 1)
-
-
-def varying_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Dotted keys whose values differ between configs; a key that some configs lack varies too.
-
-    Where a group's `name` varies, what comes with each name (the sizes of each model, the keys of each workload) is
-    left out unless it differs between configs of one name.
-    """
-    flattened = [flat(config) for config in configs if config]
-    keys = dict.fromkeys(key for config in flattened for key in config)
-    return [key for key in keys if _varies(flattened, key)]
-
-
-def _varies(configs: Sequence[dict[str, Any]], key: str) -> bool:
-    group, _, rest = key.partition(".")
-    by_name: dict[str, set[str]] = {}
-    for config in configs:
-        name = str(config.get(f"{group}.name")) if rest != "name" else ""
-        by_name.setdefault(name, set()).add(repr(config.get(key, "absent")))
-    return any(len(values) > 1 for values in by_name.values())
-
-
-def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted keys; an empty dict is a value."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def format_value(value: Any) -> str:
-    """Numbers with four significant digits and thousands separators, everything else as it is."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return "-" if value is None else str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
-    return str(value)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fa_research.tracking.columns import flat
 from fa_research.tracking.records import Row
-from fa_research.tracking.screen import flat
 
 if TYPE_CHECKING:
     import wandb

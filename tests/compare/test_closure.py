@@ -46,7 +46,7 @@ def model_row(backend: str, context: int, batch: int, **options: Any) -> Row:
 
 
 def record_of(row: Row) -> Record:
-    from fa_research.tracking.screen import flat
+    from fa_research.tracking.columns import flat
 
     return Record(row, Path("rows.jsonl"), 1, flat(row.config))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fa_research.tracking import CONSOLE, Row, Status, print_table
-from fa_research.tracking.screen import format_value, varying_keys
+from fa_research.tracking.columns import format_value, varying_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,6 +103,37 @@ def test_one_row_shows_every_metric_and_check(capsys: pytest.CaptureFixture[str]
         assert part in shown
 
 
+def test_one_row_has_a_ledger_in_one_line_and_names_what_it_leaves_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CONSOLE, "width", 160)
+    times = {"step_us": 7.0, "step_p10_us": 6.0, "step_p90_us": 8.0, "step_count": 5, "pass_p10_us": 3.0}
+    parts = {"attention_us": 4.5, "combine_us": 0.0, "model_us": 2512.3, "sum_fraction": 0.99}
+    ledger = {f"step_ledger_{part}": value for part, value in parts.items()}
+    rest = {"timing_method": "events", "self_test_events_noop_us": 2.0, "self_test_span_us": 2.5}
+    checks = {"logits_max_error": 0.25, "logits_relative_error": 0.125}
+    print_table([Row(Status.ok, metrics=times | ledger | rest, checks=checks)])
+    *table, last = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert table == [
+        ["status", "ok"],
+        ["step_us", "7"],
+        ["step_ledger", "attention", "4.5,", "model", "2,512"],
+        ["check.logits_max_error", "0.25"],
+    ]
+    left_out = "*_p10_us, *_p90_us, *_count, timing_method, self_test_*, *_relative_error"
+    assert " ".join(last) == f"also in the row: {left_out}"
+
+
+def test_a_sweep_names_a_ledger_it_leaves_out_once(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [
+        "step_us",
+        *(f"step_ledger_{part}_us" for part in ("attention", "model")),
+        "pass_ledger_model_us",
+    ]
+    print_table([Row(Status.ok, config={"a": i}, metrics=dict.fromkeys(names, 1.5)) for i in range(2)])
+    assert capsys.readouterr().out.splitlines()[-1] == "also in the rows: step_ledger_*, pass_ledger_*"
+
+
 def test_quality_comes_first_and_what_explains_it_last(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +210,15 @@ def test_what_comes_with_a_name_is_left_out_unless_it_varies_for_one_name() -> N
     assert varying_keys([{"model": tiny}, {"model": big}]) == ["model.name"]
     wide = tiny | {"heads": 8}
     assert varying_keys([{"model": tiny}, {"model": wide}, {"model": big}]) == ["model.name", "model.heads"]
+
+
+def test_a_cell_that_failed_before_its_checkpoint_was_read_makes_no_size_vary() -> None:
+    asked = {"path": "/a", "changed": None, "layers": 2, "softcap": 0.0}
+    read = asked | {"changed": [], "layers": 32}
+    assert varying_keys([{"model": read}, {"model": asked}]) == []
+    assert varying_keys([{"model": read}, {"model": asked | {"path": "/b"}}]) == ["model.path"]
+    assert varying_keys([{"model": asked}, {"model": asked | {"softcap": 30.0}}]) == ["model.softcap"]
+    assert varying_keys([{"model": read}, {"model": read | {"softcap": 30.0}}]) == ["model.softcap"]
 
 
 @pytest.mark.parametrize(
