@@ -11,27 +11,23 @@ V value head dim, I tiles, R queries in a tile, W pages listed for a tile.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import flex_attention as flex
 
 from fa_research.attention.lowering import Lowering
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.backends.flex_options import OPTIONS, check_options
-from fa_research.backends.flex_pages import TILE, Blocks, Tiles, cut, list_pages
+from fa_research.backends.flex_pages import Blocks, Tiles, cut, list_pages
+from fa_research.backends.flex_run import Run, compiling, make_run, without_tracing
 from fa_research.errors import Unsupported
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import AttentionSpec, Capabilities
 
 _SMALLEST_BLOCK = 16  # keys: what a Triton dot takes
-
-Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class FlexBackend(AttentionBackend):
@@ -122,11 +118,8 @@ class FlexBackend(AttentionBackend):
     ) -> tuple[Tensor, Tensor | None]:
         assert sinks_H is None, "sinks are an epilogue"
         on_gpu = q_THD.is_cuda
-        if on_gpu and max(k_cache_NKD.numel(), v_cache_NKV.numel()) > 2**31:
-            numel = f"{k_cache_NKD.numel():,} elements in one layer's keys"
-            raise Unsupported(
-                self.name, [f"{numel}: FlexAttention's kernels count in 32 bits; use fewer kv.num_pages"]
-            )
+        if on_gpu:
+            self._check_pool(k_cache_NKD, v_cache_NKV)
         tiles, blocks = self._plan(metadata, spec, q_THD.shape[0], k_cache_NKD.shape[0])
         q_IRHD = q_THD[:, None] if tiles.token_IR is None else q_THD[tiles.token_IR]
         tensors = (
@@ -144,6 +137,13 @@ class FlexBackend(AttentionBackend):
             out_THV, lse_TH = out_THV[tiles.row_T], None if lse_TH is None else lse_TH[tiles.row_T]
         return out_THV, lse_TH
 
+    def _check_pool(self, k_cache_NKD: Tensor, v_cache_NKV: Tensor) -> None:
+        if max(k_cache_NKD.numel(), v_cache_NKV.numel()) > 2**31:
+            numel = f"{k_cache_NKD.numel():,} elements in one layer's keys"
+            raise Unsupported(
+                self.name, [f"{numel}: FlexAttention's kernels count in 32 bits; use fewer kv.num_pages"]
+            )
+
     def _plan(
         self, metadata: FlashAttentionMetadata, spec: AttentionSpec, num_tokens: int, num_slots: int
     ) -> tuple[Tiles, Blocks]:
@@ -159,7 +159,7 @@ class FlexBackend(AttentionBackend):
         self, spec: AttentionSpec, page_size: int, return_lse: bool, tensors: tuple[Tensor | None, ...]
     ) -> tuple[Tensor, Tensor | None]:
         if self.compiler is None:
-            with _without_tracing():
+            with without_tracing():
                 return make_run(spec, page_size, return_lse, {})(*tensors)
         inference = torch.is_inference_mode_enabled()  # dynamo's guards tell such tensors apart
         shapes = (None if t is None else (t.shape, t.stride(), t.is_inference()) for t in tensors)
@@ -170,7 +170,7 @@ class FlexBackend(AttentionBackend):
             options = self._kernel_options(spec, page_size, decode=tensors[0].shape[2] == 1)
             run = make_run(spec, page_size, return_lse, options)
             self._runs[key] = torch.compile(run, fullgraph=True, dynamic=False, backend=self.compiler)
-        with _compiling() if fresh else nullcontext():
+        with compiling() if fresh else nullcontext():
             return self._runs[key](*tensors)
 
     def _kernel_options(self, spec: AttentionSpec, page_size: int, decode: bool) -> dict[str, Any]:
@@ -182,65 +182,3 @@ class FlexBackend(AttentionBackend):
         if self.settings.num_splits and decode:
             options["SPLIT_KV"] = self.settings.num_splits
         return options | {OPTIONS[name]: value for name, value in self.settings.options.items()}
-
-
-def make_run(spec: AttentionSpec, page_size: int, return_lse: bool, options: dict[str, Any]) -> Run:
-    """Flex for one spec, as a function of tensors alone: what is compiled."""
-    mask, softcap = spec.mask, spec.softcap
-
-    def cap(score: Tensor, i: Tensor, h: Tensor, r: Tensor, slot: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    def run(
-        q_IHRD: Tensor, k_1KND: Tensor, v_1KNV: Tensor,
-        request_I: Tensor, first_I: Tensor, logical_BN: Tensor, lens_B: Tensor,
-        num_partial_I: Tensor, partial_IW: Tensor, num_full_I: Tensor | None, full_IW: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        def sees(i: Tensor, h: Tensor, r: Tensor, slot: Tensor) -> Tensor:
-            page = logical_BN[request_I[i], slot // page_size]
-            k_pos = page * page_size + slot % page_size
-            return (page >= 0) & (k_pos < lens_B[request_I[i]]) & mask.allows(first_I[i] + r, k_pos)
-
-        block_mask = flex.BlockMask.from_kv_blocks(
-            num_partial_I[:, None, None],
-            partial_IW[:, None, None],
-            None if num_full_I is None else num_full_I[:, None, None],
-            None if full_IW is None else full_IW[:, None, None],
-            BLOCK_SIZE=(TILE, page_size),
-            mask_mod=sees,
-            seq_lengths=(q_IHRD.shape[2], k_1KND.shape[2]),
-            compute_q_blocks=False,
-        )
-        out, aux = flex.flex_attention(
-            q_IHRD, k_1KND, v_1KNV, cap if softcap else None, block_mask, spec.scale,
-            enable_gqa=spec.num_heads != spec.num_kv_heads,
-            kernel_options=cast(Any, options),
-            return_aux=flex.AuxRequest(lse=return_lse),
-        )  # fmt: skip
-        return out, aux.lse
-
-    return run
-
-
-@contextmanager
-def _without_tracing() -> Iterator[None]:
-    """Off the GPU Flex has dynamo trace every mask and shape anew, for the same arithmetic; its own switch for
-    debugging leaves that out, and with it the warning that nothing was compiled."""
-    before = flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
-    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
-    try:
-        yield
-    finally:
-        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
-
-
-@contextmanager
-def _compiling() -> Iterator[None]:
-    """Every shape is one entry of dynamo's cache, which by default takes eight. Inductor says at its first compilation
-    that float32 could be multiplied in TF32: float32 is what was asked for."""
-    import torch._dynamo
-
-    limits = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
-    with limits, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
-        yield
