@@ -103,13 +103,7 @@ def close(paths: Sequence[Path], *, across: bool = False) -> Closure:
             "launch it (decode_step_host_us), and a sum of kernels says nothing of that"
         )
         models = [record for record in models if record not in waiting]
-    cells, why = [], []
-    for record in models:
-        found = rows.attention_us(record)
-        if isinstance(found, str):
-            why.append(f"{record.place}: {found}")
-        else:
-            cells.append(Closed(record, {}, *found, rest_bytes(record)))
+    cells, why = _with_kernels(models, rows)
     if not cells:
         raise ConfigError(
             f"no decode step of a model can be predicted from these kernel rows: {_shortest(why) if why else notes[-1]}"
@@ -121,6 +115,18 @@ def close(paths: Sequence[Path], *, across: bool = False) -> Closure:
     if not any("bytes" in cell.predicted for cell in cells):
         notes.append("no row has roof_GB_per_s and model_weight_bytes: nothing is predicted from bytes alone")
     return Closure(records, cells, fitted, notes)
+
+
+def _with_kernels(models: Sequence[Record], rows: KernelRows) -> tuple[list[Closed], list[str]]:
+    """The rows of a model that have kernel rows, and why the others have none."""
+    cells, why = [], []
+    for record in models:
+        found = rows.attention_us(record)
+        if isinstance(found, str):
+            why.append(f"{record.place}: {found}")
+        else:
+            cells.append(Closed(record, {}, *found, rest_bytes(record)))
+    return cells, why
 
 
 def _level(record: Record) -> Any:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from fa_research.compare.closure import VARIANTS, Closure
+from typing import TYPE_CHECKING
+
+from fa_research.compare.closure import VARIANTS, Closed, Closure
 from fa_research.compare.figures.base import MOST_CELLS, Figure, Point, chart_of, look_of
 from fa_research.compare.figures.theme import MUTED
 from fa_research.compare.keys import title_of
 from fa_research.compare.wording import number
 
+if TYPE_CHECKING:
+    import altair as alt
+
 
 def closure_figure(closure: Closure) -> Figure:
     """Each cell's error by each way to predict it."""
-    import altair as alt
-
     cells = closure.cells[:MOST_CELLS]
+    shown = (
+        f" The first {len(cells)} of {len(closure.cells)} cells." if len(cells) < len(closure.cells) else ""
+    )
+    caption = f"Left of zero the step took longer than predicted.{shown}"
+    return Figure("closure", "A model's step predicted from its kernels", caption, _chart(cells))
+
+
+def _points(cells: list[Closed]) -> list[Point]:
     points: list[Point] = []
     for cell in cells:
         name = title_of(cell.where)
@@ -21,6 +32,13 @@ def closure_figure(closure: Closure) -> Figure:
             error = (predicted / cell.measured - 1) * 100
             said = f"{name}: {number(predicted)} us by {variant}, {number(cell.measured)} us measured"
             points.append({"cell": name, "label": variant, "x": error, "description": said})
+    return points
+
+
+def _chart(cells: list[Closed]) -> alt.LayerChart:
+    import altair as alt
+
+    points = _points(cells)
     color, shape = look_of([v for v in VARIANTS if any(p["label"] == v for p in points)], "the rest from")
     ends = [0.0, *(p["x"] for p in points)]
     pad = (max(ends) - min(ends)) * 0.05 or 1.0
@@ -36,9 +54,4 @@ def closure_figure(closure: Closure) -> Figure:
         description="description:N",
     )
     zero = chart_of([{"x": 0.0}]).mark_rule(color=MUTED, strokeWidth=1.5).encode(x=along)
-    chart = alt.layer(zero, dots).properties(width=520, height=alt.Step(22 if len(cells) > 8 else 28))
-    shown = (
-        f" The first {len(cells)} of {len(closure.cells)} cells." if len(cells) < len(closure.cells) else ""
-    )
-    caption = f"Left of zero the step took longer than predicted.{shown}"
-    return Figure("closure", "A model's step predicted from its kernels", caption, chart)
+    return alt.layer(zero, dots).properties(width=520, height=alt.Step(22 if len(cells) > 8 else 28))
