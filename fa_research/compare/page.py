@@ -53,22 +53,8 @@ def _page(
 def _body(
     comparison: Comparison, figures: Sequence[tuple[str, str]], title: str, details: bool, left_out: int
 ) -> Iterable[str]:
-    used = [entry.record for cell in comparison.cells for entry in cell.entries.values() if entry.estimate]
-    yield f"<h1>{escape(title)}</h1>"
-    yield f'<p class="muted">{escape(machine(used, comparison.records))}</p>'
-    yield f'<p class="lead">{escape(sentence(regret_summary(comparison)))}</p>'
-    yield bullets(summary(comparison))
-    sections = {
-        "figures": "Figures",
-        "cells": "Every cell",
-        "regret": "Regret",
-        "notes": "Notes",
-        "rows": "Rows",
-    }
-    links = (
-        f'<a href="#{name}">{text}</a>' for name, text in sections.items() if figures or name != "figures"
-    )
-    yield f"<nav>{''.join(links)}</nav>"
+    yield from _opening(comparison, title)
+    yield _contents(bool(figures))
     if figures:
         yield '<h2 id="figures">Figures</h2><p class="small">Points, ticks and fields lead to their rows.</p>'
         yield from (figure(svg, caption) for svg, caption in figures)
@@ -83,6 +69,30 @@ def _body(
     yield bullets(map(sentence, notes))
     yield '<h2 id="rows">Rows</h2>'
     yield from _rows(comparison, details)
+
+
+def _opening(comparison: Comparison, title: str) -> Iterable[str]:
+    used = [entry.record for cell in comparison.cells for entry in cell.entries.values() if entry.estimate]
+    yield f"<h1>{escape(title)}</h1>"
+    yield f'<p class="muted">{escape(machine(used, comparison.records))}</p>'
+    yield f'<p class="lead">{escape(sentence(regret_summary(comparison)))}</p>'
+    yield bullets(summary(comparison))
+
+
+def _contents(with_figures: bool) -> str:
+    sections = {
+        "figures": "Figures",
+        "cells": "Every cell",
+        "regret": "Regret",
+        "notes": "Notes",
+        "rows": "Rows",
+    }
+    links = (
+        f'<a href="#{name}">{text}</a>'
+        for name, text in sections.items()
+        if with_figures or name != "figures"
+    )
+    return f"<nav>{''.join(links)}</nav>"
 
 
 def cells_table(comparison: Comparison) -> Iterable[str]:
