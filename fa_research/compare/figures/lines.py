@@ -79,16 +79,7 @@ def _series(
     panels = _panels(comparison, x, point) if x else {}
     if not panels or x is None:
         return None
-    if top is not None:
-        highest = max(p["y"] for points in panels.values() for p in _drawn(points))
-        scale = alt.Scale(domain=[0, max(top, highest + 3)], nice=False)  # room for a mark on the roof
-    elif max(map(_spread, panels.values())) >= _LOGARITHMIC_FROM:
-        scale = alt.Scale(type="log", nice=True)
-    else:
-        scale = alt.Scale(zero=True, nice=True)
-    up = alt.Y("y:Q").title(title).scale(scale).axis(minExtent=48, tickCount=5)
-    if scale["type"] == "log":
-        up = up.axis(minExtent=48, values=_DECADES)
+    up = _up(panels, title, top)
     size = (560, 300) if len(panels) == 1 else (250, 180)
     charts = [
         _panel(comparison, points, axis_title(x), up)
@@ -102,6 +93,21 @@ def _series(
     columns = 2 if len(charts) in (2, 4) else 3
     joined = alt.concat(*charts, columns=columns, bounds="flush", spacing={"row": 84, "column": 84})
     return joined.resolve_scale(color="shared", shape="shared"), extent
+
+
+def _up(panels: dict[str, list[Point]], title: str, top: float | None) -> alt.Y:
+    """The axis of the numbers, one for all panels; `top` is in view where it is given."""
+    import altair as alt
+
+    if top is not None:
+        highest = max(p["y"] for points in panels.values() for p in _drawn(points))
+        scale = alt.Scale(domain=[0, max(top, highest + 3)], nice=False)  # room for a mark on the roof
+    elif max(map(_spread, panels.values())) >= _LOGARITHMIC_FROM:
+        scale = alt.Scale(type="log", nice=True)
+    else:
+        scale = alt.Scale(zero=True, nice=True)
+    up = alt.Y("y:Q").title(title).scale(scale).axis(minExtent=48, tickCount=5)
+    return up.axis(minExtent=48, values=_DECADES) if scale["type"] == "log" else up
 
 
 def _drawn(points: list[Point]) -> list[Point]:
@@ -133,18 +139,7 @@ def _panel_title(name: str) -> dict[str, Any]:
 def _panel(comparison: Comparison, points: list[Point], x_title: str, up: alt.Y) -> Any:
     import altair as alt
 
-    xs = sorted({p["x"] for p in points})
-    log = xs[0] > 0 and xs[-1] >= 4 * xs[0]
-    label = (
-        "datum.value >= 1024 && datum.value % 1024 == 0 ? datum.value / 1024 + 'k' : format(datum.value, ',')"
-    )
-    along = alt.X("x:Q").title(x_title)
-    along = (
-        along.scale(type="log", base=2, nice=False, padding=12)
-        if log
-        else along.scale(nice=False, padding=12)
-    )
-    along = along.axis(values=xs if len(xs) <= 9 else alt.Undefined, labelExpr=label, grid=False)
+    along = _along(sorted({p["x"] for p in points}), x_title)
     layers = []
     # A layer for each answer: a scale of fills or dashes would be merged into the legend of the points.
     for label, (tone, _, dashes) in palette(comparison.labels).items():
@@ -160,6 +155,21 @@ def _panel(comparison: Comparison, points: list[Point], x_title: str, up: alt.Y)
     dots = chart_of(_drawn(points)).mark_point(filled=False, size=60, strokeWidth=1.8, opacity=1)
     dots = dots.encode(x=along, y=up, color=color, shape=shape, href="href:N", description="description:N")
     return alt.layer(*layers, dots)
+
+
+def _along(xs: list[float], title: str) -> alt.X:
+    """The axis of these places, logarithmic where they span a factor of four."""
+    import altair as alt
+
+    label = (
+        "datum.value >= 1024 && datum.value % 1024 == 0 ? datum.value / 1024 + 'k' : format(datum.value, ',')"
+    )
+    along = alt.X("x:Q").title(title)
+    if xs[0] > 0 and xs[-1] >= 4 * xs[0]:
+        along = along.scale(type="log", base=2, nice=False, padding=12)
+    else:
+        along = along.scale(nice=False, padding=12)
+    return along.axis(values=xs if len(xs) <= 9 else alt.Undefined, labelExpr=label, grid=False)
 
 
 def _panels(comparison: Comparison, x: str, point: Callable[[Entry], Point | None]) -> dict[str, list[Point]]:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from statistics import median
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.figures.base import Figure, Point, chart_of, linked, look_of
 from fa_research.compare.figures.theme import MUTED
 from fa_research.compare.wording import number, words
+
+if TYPE_CHECKING:
+    import altair as alt
 
 _ROOF = ("roof_GB_per_s", "roof_TFLOP_per_s")
 
@@ -31,15 +34,28 @@ def roofline_figures(comparison: Comparison) -> list[Figure]:
 
 
 def _roofline(comparison: Comparison, stem: str) -> Figure | None:
-    import altair as alt
-
     points, roofs = _points(comparison, stem)
     if not points or not roofs:
         return None
     roof = (median(r[0] for r in roofs), median(r[1] for r in roofs))
+    ridge = roof[1] * 1e3 / roof[0]
+    caption = (
+        f"Operations and bytes that cannot be avoided, each counted once. The roof was measured on the same GPU: "
+        f"{number(roof[0])} GB/s of memory traffic, {number(roof[1])} TFLOP/s of matrix products, which meet at "
+        f"{ridge:.0f} FLOP per byte."
+    )
+    chart = _chart(comparison, points, roof, ridge)
+    return Figure(f"roofline_{stem}", f"Roofline: {words(f'{stem}_us')}", caption, chart)
+
+
+def _chart(
+    comparison: Comparison, points: list[Point], roof: tuple[float, float], ridge: float
+) -> alt.LayerChart:
+    """Rows below the roof (GB/s, TFLOP/s), which bends at `ridge` FLOP per byte."""
+    import altair as alt
+
     color, shape = look_of(comparison.labels, comparison.question.title)
     across, high = [p["x"] for p in points], roof[1] * 1.5
-    ridge = roof[1] * 1e3 / roof[0]
     ends = (min(across) / 1.6, max(max(across), ridge) * 1.6)
     line = [{"x": x, "y": min(roof[0] * x / 1e3, roof[1])} for x in (ends[0], ridge, ends[1])]
     low = min(min(p["y"] for p in points) / 1.6, line[0]["y"])
@@ -54,13 +70,7 @@ def _roofline(comparison: Comparison, stem: str) -> Figure | None:
     )
     dots = chart_of(points).mark_point(filled=False, size=60, strokeWidth=1.8, opacity=1)
     dots = dots.encode(x=along, y=up, color=color, shape=shape, href="href:N", description="description:N")
-    chart = alt.layer(drawn, named, dots).properties(width=560, height=320)
-    caption = (
-        f"Operations and bytes that cannot be avoided, each counted once. The roof was measured on the same GPU: "
-        f"{number(roof[0])} GB/s of memory traffic, {number(roof[1])} TFLOP/s of matrix products, which meet at "
-        f"{ridge:.0f} FLOP per byte."
-    )
-    return Figure(f"roofline_{stem}", f"Roofline: {words(f'{stem}_us')}", caption, chart)
+    return alt.layer(drawn, named, dots).properties(width=560, height=320)
 
 
 def _axis(channel: Any, title: str, low: float, high: float) -> Any:

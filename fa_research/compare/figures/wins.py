@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.decision import DecisionMap, decision_map, winner
@@ -11,6 +11,9 @@ from fa_research.compare.figures.base import MOST_CELLS, Figure, Point, chart_of
 from fa_research.compare.figures.theme import FG, TIE, palette
 from fa_research.compare.keys import text_of, title_of
 from fa_research.compare.wording import axis_title, excess, outcome
+
+if TYPE_CHECKING:
+    import altair as alt
 
 
 def decision_figure(comparison: Comparison) -> Figure | None:
@@ -40,20 +43,8 @@ def _map_chart(comparison: Comparison, drawn: DecisionMap, rows: Sequence[Any], 
     look = palette(comparison.labels)
     names = [label for label in [*look, "tie", "none"] if any(p["label"] == label for p in points)]
     colors = [look[label][0] if label in look else TIE for label in names]
-    gap = alt.Scale(paddingInner=0.06, paddingOuter=0.03)
-    down = axis_title(drawn.keys[0]) if len(drawn.keys) == 1 else None
-    base = chart_of(points).encode(
-        x=alt.X("x:O")
-        .sort([text_of(x) for x in drawn.xs])
-        .title(axis_title(drawn.x))
-        .scale(gap)
-        .axis(labelAngle=0),
-        y=alt.Y("y:O")
-        .sort([_row_name(where) for where, _ in rows])
-        .title(down)
-        .scale(gap)
-        .axis(alt.Axis(labelLimit=420) if drawn.keys else None),
-    )
+    along, down = _axes(drawn, rows)
+    base = chart_of(points).encode(x=along, y=down)
     boxes = base.mark_rect(opacity=0.42, cornerRadius=3).encode(
         color=alt.Color("label:N").scale(domain=names, range=colors).title("wins"),
         href="href:N",
@@ -64,6 +55,19 @@ def _map_chart(comparison: Comparison, drawn: DecisionMap, rows: Sequence[Any], 
     width = max(84, 14 + 7 * max(max(len(p["label"]), len(p["by"])) for p in points))
     return alt.layer(boxes, who.encode(text="label:N"), much).properties(
         width=alt.Step(width), height=alt.Step(42 if len(rows) <= 12 else 34)
+    )
+
+
+def _axes(drawn: DecisionMap, rows: Sequence[Any]) -> tuple[alt.X, alt.Y]:
+    import altair as alt
+
+    gap = alt.Scale(paddingInner=0.06, paddingOuter=0.03)
+    along = alt.X("x:O").sort([text_of(x) for x in drawn.xs]).title(axis_title(drawn.x))
+    down = alt.Y("y:O").sort([_row_name(where) for where, _ in rows])
+    down = down.title(axis_title(drawn.keys[0]) if len(drawn.keys) == 1 else None)
+    return (
+        along.scale(gap).axis(labelAngle=0),
+        down.scale(gap).axis(alt.Axis(labelLimit=420) if drawn.keys else None),
     )
 
 
