@@ -34,7 +34,8 @@ COMBINE, GAP = "combine", "gap"
 PARTS = (
     phases.HOST_PLAN, phases.METADATA, phases.KV_WRITE, phases.ATTENTION, COMBINE, phases.MODEL, phases.SAMPLING, GAP,
 )  # fmt: skip
-TOLERANCE = 0.05  # of the timed unit
+# Of the timed unit, by the type of the device: runs on a CPU differ from each other by what else it does.
+TOLERANCE = {"cuda": 0.05, "cpu": 0.5}
 _MOST, _LEAST = 12, 3  # times a unit runs for its ledger
 _SECONDS = 0.25  # of the unit's own time, roughly
 
@@ -62,10 +63,11 @@ def ledger(engine: Engine, unit: Unit, timer: Timer, timed_us: float) -> dict[st
         engine.notes.append(f"no ledger of {unit.name}: {error}")
         return {}
     fraction = sum(costs.values()) / timed_us
-    if abs(fraction - 1) > TOLERANCE:
+    tolerance = TOLERANCE[engine.device.type]
+    if abs(fraction - 1) > tolerance:
         engine.notes.append(
             f"the ledger of {unit.name} adds up to {fraction:.2f} of the timed {timed_us:,.0f} us, not to "
-            f"{1 - TOLERANCE:.2f} .. {1 + TOLERANCE:.2f}"
+            f"{1 - tolerance:.2f} .. {1 + tolerance:.2f}"
         )
     columns = {f"{unit.name}_{name}": value for name, value in columns.items()}
     columns |= {f"{unit.name}_ledger_{part}_us": costs[part] for part in PARTS if part in costs}

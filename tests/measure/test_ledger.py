@@ -64,7 +64,7 @@ def test_every_unit_has_a_ledger(name: str, level: Level) -> None:
         fraction = metrics[f"{unit}_ledger_sum_fraction"]
         assert fraction == pytest.approx(sum(parts.values()) / metrics[f"{unit}_us"])
         said = any(f"the ledger of {unit} adds up to" in note for note in engine.notes)
-        assert said == (abs(fraction - 1) > 0.05)
+        assert said == (abs(fraction - 1) > 0.5)
 
 
 @pytest.mark.parametrize("mode", [GraphMode.simulate, GraphMode.off], ids=str)
@@ -130,11 +130,11 @@ def test_extend_passes_tell_their_parts_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert max(costs.values()) < spent
 
 
-@pytest.mark.parametrize(("wrong", "said"), [(2.0, "0.50"), (0.5, "2.00"), (0.9, "1.11"), (1.0, None)])
+@pytest.mark.parametrize(("wrong", "said"), [(2.5, "0.40"), (0.5, "2.00"), (0.7, None), (1.0, None)])
 def test_columns_that_do_not_add_up_are_said_to(
     wrong: float, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same runs against other timed medians."""
+    """The same runs against other timed medians; on a GPU it takes less, as tests/measure/test_ledger_gpu.py says."""
     workload, engine = prepared(cell("decode"))
     [unit] = workload.units()
     costs = clocked(unit, 3)
