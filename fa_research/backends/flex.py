@@ -130,12 +130,7 @@ class FlexBackend(AttentionBackend):
             blocks.num_partial_I, blocks.partial_IW, blocks.num_full_I, blocks.full_IW,
         )  # fmt: skip
         out_IHRV, lse_IHR = self._run(spec, metadata.page_size, return_lse, tensors)
-        out_THV, lse_TH = out_IHRV.transpose(1, 2).flatten(0, 1), None
-        if lse_IHR is not None:
-            lse_TH = lse_IHR.transpose(1, 2).flatten(0, 1).float()
-        if tiles.row_T is not None:
-            out_THV, lse_TH = out_THV[tiles.row_T], None if lse_TH is None else lse_TH[tiles.row_T]
-        return out_THV, lse_TH
+        return _by_token(out_IHRV, tiles), None if lse_IHR is None else _by_token(lse_IHR.float(), tiles)
 
     def _check_pool(self, k_cache_NKD: Tensor, v_cache_NKV: Tensor) -> None:
         if max(k_cache_NKD.numel(), v_cache_NKV.numel()) > 2**31:
@@ -182,3 +177,9 @@ class FlexBackend(AttentionBackend):
         if self.settings.num_splits and decode:
             options["SPLIT_KV"] = self.settings.num_splits
         return options | {OPTIONS[name]: value for name, value in self.settings.options.items()}
+
+
+def _by_token(result: Tensor, tiles: Tiles) -> Tensor:
+    """[T, H, ...] of [I, H, R, ...]."""
+    rows = result.transpose(1, 2).flatten(0, 1)
+    return rows if tiles.row_T is None else rows[tiles.row_T]
