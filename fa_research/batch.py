@@ -65,20 +65,15 @@ def extend_batch(
 
     The host's numbers travel in one pinned copy; slots are looked up on the device. Raises ValueError for a
     request without new tokens."""
-    extend_lens = tuple(len(tokens) for tokens in new_tokens)
-    if not extend_lens or min(extend_lens) < 1:
-        raise ValueError(
-            f"every request of an extend batch needs at least one new token, got lengths {extend_lens}"
-        )
+    extend_lens = _extend_lens(new_tokens)
     seq_lens = tuple(prefix + new for prefix, new in zip(prefix_lens, extend_lens, strict=True))
     per_token, per_request = _upload(
         req_to_token_RW.device, rows, prefix_lens, new_tokens, seq_lens, extend_lens
     )
     input_ids_T, positions_T, rows_T = per_token
     rows_B, seq_lens_B, extend_lens_B = per_request.to(torch.int32)
-    many, one = max(extend_lens) > 1, min(extend_lens) == 1
     return ForwardBatch(
-        mode=ForwardMode.MIXED if many and one and len(extend_lens) > 1 else ForwardMode.EXTEND,
+        mode=_mode(extend_lens),
         input_ids_T=input_ids_T,
         positions_T=positions_T,
         req_pool_indices_B=rows_B,
@@ -90,6 +85,20 @@ def extend_batch(
         seq_lens_cpu=seq_lens,
         extend_seq_lens_cpu=extend_lens,
     )
+
+
+def _extend_lens(new_tokens: Sequence[Sequence[int] | Tensor]) -> tuple[int, ...]:
+    extend_lens = tuple(len(tokens) for tokens in new_tokens)
+    if not extend_lens or min(extend_lens) < 1:
+        raise ValueError(
+            f"every request of an extend batch needs at least one new token, got lengths {extend_lens}"
+        )
+    return extend_lens
+
+
+def _mode(extend_lens: Sequence[int]) -> ForwardMode:
+    many, one = max(extend_lens) > 1, min(extend_lens) == 1
+    return ForwardMode.MIXED if many and one else ForwardMode.EXTEND
 
 
 def _upload(

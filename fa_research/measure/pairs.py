@@ -55,22 +55,31 @@ def time_pairs(
     for _ in range(timer.warmup):
         first()
         second()
-    rng, turns = random.Random(seed), [0, 1]
+    rng = random.Random(seed)
     taken: tuple[list[float], list[float]] = ([], [])
     deadline = time.monotonic() + timer.max_seconds
     for done in range(0, pairs, between_resets or pairs):
         if done >= FEWEST_SAMPLES and time.monotonic() >= deadline:
             break
         reset()
-        count = min(between_resets or pairs, pairs - done)
-        order = [turn for _ in range(count) for turn in rng.sample(turns, 2)]
+        order = _order(rng, min(between_resets or pairs, pairs - done))
         fewest = max(0, 2 * (FEWEST_SAMPLES - done))
         timing = timer.time_each(((first, second)[turn] for turn in order), fewest=max(2, fewest), together=1)
         for turn, sample in zip(order, timing.samples_us, strict=False):  # fewer samples where time ran out
             taken[turn].append(sample)
         if len(timing.samples_us) < len(order):
             break
-    whole = min(map(len, taken))
-    taken = taken[0][:whole], taken[1][:whole]
-    low, high = interval(ratio_draws(*taken, seed=seed))
-    return Pairs(tuple(taken[0]), tuple(taken[1]), median(taken[0]) / median(taken[1]), low, high)
+    return _whole_pairs(*taken, seed)
+
+
+def _order(rng: random.Random, pairs: int) -> list[int]:
+    """Which of the two runs (0 or 1), call after call."""
+    return [turn for _ in range(pairs) for turn in rng.sample([0, 1], 2)]
+
+
+def _whole_pairs(first_us: list[float], second_us: list[float], seed: int) -> Pairs:
+    """What both have samples of, compared."""
+    whole = min(len(first_us), len(second_us))
+    first_us, second_us = first_us[:whole], second_us[:whole]
+    low, high = interval(ratio_draws(first_us, second_us, seed=seed))
+    return Pairs(tuple(first_us), tuple(second_us), median(first_us) / median(second_us), low, high)
