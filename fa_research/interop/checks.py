@@ -19,6 +19,18 @@ def check_arguments(q: Any, k: Any, v: Any, table: Any, seqlens: Any, cu_seqlens
         ("cu_seqlens_q_B1", cu_seqlens_q),
     ):
         check(str(array.dtype) == "int32", f"{name} is {array.dtype}, it has to be int32")
+    _check_heads(q, k, v)
+    batch = seqlens.shape[0]
+    check(table.shape[0] == batch, f"page_table_BP has {table.shape[0]} rows for {batch} requests")
+    check(
+        cu_seqlens_q.shape[0] == batch + 1,
+        f"cu_seqlens_q_B1 has {cu_seqlens_q.shape[0]} entries for {batch} requests, it needs {batch + 1}",
+    )
+    if sinks is not None:
+        check(sinks.shape == (q.shape[1],), f"sinks_H is {sinks.shape} for {q.shape[1]} query heads")
+
+
+def _check_heads(q: Any, k: Any, v: Any) -> None:
     check(
         q.dtype == k.dtype == v.dtype, f"dtypes of q, k and v: {q.dtype}, {k.dtype}, {v.dtype}; make them one"
     )
@@ -30,14 +42,6 @@ def check_arguments(q: Any, k: Any, v: Any, table: Any, seqlens: Any, cu_seqlens
         q.shape[1] % k.shape[2] == 0,
         f"{q.shape[1]} query heads are no multiple of {k.shape[2]} KV heads",
     )
-    batch = seqlens.shape[0]
-    check(table.shape[0] == batch, f"page_table_BP has {table.shape[0]} rows for {batch} requests")
-    check(
-        cu_seqlens_q.shape[0] == batch + 1,
-        f"cu_seqlens_q_B1 has {cu_seqlens_q.shape[0]} entries for {batch} requests, it needs {batch + 1}",
-    )
-    if sinks is not None:
-        check(sinks.shape == (q.shape[1],), f"sinks_H is {sinks.shape} for {q.shape[1]} query heads")
 
 
 def check(ok: bool, otherwise: str) -> None:
