@@ -71,17 +71,7 @@ def paged_attention(
     if decode:
         cu_seqlens_q_B1 = _one_query_each(q_THD, cache_seqlens_B)
     check_arguments(q_THD, k_PSKD, v_PSKV, page_table_BP, cache_seqlens_B, cu_seqlens_q_B1, sinks_H)
-    _, heads, head_dim = q_THD.shape
-    spec = AttentionSpec(
-        num_heads=heads,
-        num_kv_heads=k_PSKD.shape[2],
-        head_dim=head_dim,
-        v_head_dim=v_PSKV.shape[3],
-        scale=head_dim**-0.5 if scale is None else scale,
-        softcap=softcap,
-        mask=mask or Causal(),
-        has_sink=sinks_H is not None,
-    )
+    spec = _spec(q_THD, k_PSKD, v_PSKV, mask or Causal(), scale, softcap, sinks_H is not None)
     on = _torch_device(jax, q_THD, device)
     longest = max_seq_len_k or page_table_BP.shape[1] * k_PSKD.shape[1]
     settings = (on, getattr(torch, str(q_THD.dtype)), k_PSKD.shape[1], longest)
@@ -96,6 +86,22 @@ def paged_attention(
     results += [jax.ShapeDtypeStruct(q_THD.shape[:2], jax.numpy.float32)] if return_lse else []
     outs = _call(jax, served, on, results, arrays)
     return tuple(outs) if return_lse else outs[0]
+
+
+def _spec(
+    q_THD: Any, k_PSKD: Any, v_PSKV: Any, mask: Mask, scale: float | None, softcap: float, has_sink: bool
+) -> AttentionSpec:
+    _, heads, head_dim = q_THD.shape
+    return AttentionSpec(
+        num_heads=heads,
+        num_kv_heads=k_PSKD.shape[2],
+        head_dim=head_dim,
+        v_head_dim=v_PSKV.shape[3],
+        scale=head_dim**-0.5 if scale is None else scale,
+        softcap=softcap,
+        mask=mask,
+        has_sink=has_sink,
+    )
 
 
 def _call(jax: Any, served: Served, on: torch.device, results: list[Any], arrays: list[Any]) -> Any:
