@@ -133,7 +133,8 @@ def choose_metric(wanted: str | None, records: Sequence[Record]) -> tuple[str, l
 
 
 def _is_main(name: str) -> bool:
-    return name.endswith("_us") and not name.endswith(("_p10_us", "_p90_us", "_host_us"))
+    aside = name.endswith(("_p10_us", "_p90_us", "_host_us")) or name.startswith("self_test_")
+    return name.endswith("_us") and not aside
 
 
 def _failures(records: Sequence[Record]) -> str:

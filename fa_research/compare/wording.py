@@ -102,7 +102,9 @@ def summary(comparison: Comparison) -> list[str]:
         won = sum(v.best == (label,) for v in judged)
         tied = sum(v.is_tie and label in v.best for v in judged)
         failed = sum(label in c.entries and label not in c.measured for c in comparison.cells)
-        parts = [f"best in {won} of {len(judged)} cells"]
+        alone = sum(list(v.costs) == [label] for v in comparison.verdicts)
+        parts = [f"best in {won} of {len(judged)} cells"] * bool(judged)
+        parts += [f"the only number in {alone}"] * bool(alone and not judged)
         parts += [f"tied for it in {tied}"] * bool(tied) + [f"no number in {failed}"] * bool(failed)
         lines.append(f"{comparison.question.title}={label}: {', '.join(parts)}")
     return lines
@@ -142,6 +144,8 @@ def regret_summary(comparison: Comparison) -> str:
         return "no cell has a row for every answer, so there is no regret to tell"
     best = found[0]
     name = f"{comparison.question.title}={best.label}"
+    if len(found) == 1:
+        return f"only {name} has numbers, in {best.cells} of {cells} cells, so there is nothing to compare it with"
     missing = len(comparison.cells) - cells
     rest = f" ({missing} more lack a row for some answer)" if missing else ""
     text = (

@@ -9,6 +9,7 @@ import pytest
 from fa_research.compare import Comparison, compare
 from fa_research.compare.decision import decision_map, winner
 from fa_research.compare.estimates import How
+from fa_research.compare.wording import regret_summary, summary
 from fa_research.tracking import ROWS_FILE, Status
 from tests.compare.results import config_of, noisy, row_of, sweep, write_rows
 
@@ -121,6 +122,22 @@ def test_regret_is_the_cost_of_staying_with_one_choice(three: Comparison) -> Non
         assert regret.mean.low is not None
         assert regret.mean.high is not None
         assert regret.mean.low < regret.mean.value < regret.mean.high
+
+
+def test_the_only_choice_that_has_numbers_is_no_best(tmp_path: Path) -> None:
+    rows = [row_of(config_of("fa3", context), noisy(1.0)) for context in (1024, 2048)]
+    rows += [row_of(config_of("triton", context), status=Status.unsupported) for context in (1024, 2048)]
+    found = compare([write_rows(tmp_path / ROWS_FILE, *rows)], "backend")
+    assert summary(found) == ["backend=fa3: the only number in 2", "backend=triton: no number in 2"]
+    said = "only backend=fa3 has numbers, in 2 of 2 cells, so there is nothing to compare it with"
+    assert regret_summary(found) == said
+
+
+def test_times_of_the_self_test_are_not_offered(tmp_path: Path) -> None:
+    rows = [
+        row_of(config_of(name), noisy(1.0), self_test_span_us=2.0, other_us=3.0) for name in ("fa3", "torch")
+    ]
+    assert compare([write_rows(tmp_path / ROWS_FILE, *rows)], "backend").other_metrics == ["other_us"]
 
 
 def test_a_choice_that_fails_somewhere_comes_last_and_a_missing_row_leaves_its_cell_out(
