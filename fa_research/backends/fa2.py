@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fa_research.backends.devices import reasons_against_ampere
 from fa_research.backends.flash_attn import FlashAttnBackend
 from fa_research.spec import Capabilities
 
@@ -18,12 +19,7 @@ class FA2Backend(FlashAttnBackend):
 
     @classmethod
     def device_reasons(cls, device: torch.device) -> tuple[str, ...]:
-        if device.type != "cuda" or not torch.cuda.is_available():
-            return ("needs an NVIDIA GPU of compute capability 8.0 or newer; there is no CUDA device here",)
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return (f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}",)
-        return ()
+        return reasons_against_ampere(device)
 
     @classmethod
     def speed_rank(cls, device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fa_research.backends.devices import reasons_against_hopper
 from fa_research.backends.flash_attn import FlashAttnBackend
 from fa_research.spec import Capabilities
 
@@ -16,12 +17,7 @@ class FA3Backend(FlashAttnBackend):
 
     @classmethod
     def device_reasons(cls, device: torch.device) -> tuple[str, ...]:
-        if device.type != "cuda" or not torch.cuda.is_available():
-            return ("needs an NVIDIA Hopper GPU (compute capability 9.x); there is no CUDA device here",)
-        capability = torch.cuda.get_device_capability(device)
-        if capability[0] != 9:
-            return (f"needs compute capability 9.x (Hopper), this GPU has {capability[0]}.{capability[1]}",)
-        return ()
+        return reasons_against_hopper(device)
 
     @classmethod
     def speed_rank(cls, device: torch.device) -> int:

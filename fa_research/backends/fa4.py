@@ -19,6 +19,7 @@ from torch import Tensor
 from fa_research.attention.lowering import Lowering
 from fa_research.attention.merge import apply_sinks
 from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.backends.devices import reasons_against_hopper
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import AttentionSpec, Capabilities
 
@@ -41,11 +42,10 @@ class FA4Backend(AttentionBackend):
 
     @classmethod
     def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
-        if settings.device.type != "cuda" or not torch.cuda.is_available():
-            return ("needs an NVIDIA Hopper GPU (compute capability 9.x); there is no CUDA device here",)
-        major, minor = torch.cuda.get_device_capability(settings.device)
-        if major != 9:  # other limits hold there, and nobody has tried
-            return (f"needs compute capability 9.x (Hopper), this GPU has {major}.{minor}",)
+        if reasons := reasons_against_hopper(
+            settings.device
+        ):  # elsewhere other limits hold, and nobody has tried
+            return reasons
         reason = load()[1]
         return () if reason is None else (reason,)
 

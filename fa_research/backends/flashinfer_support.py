@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 
 from fa_research.backends.base import BackendSettings
+from fa_research.backends.devices import reasons_against_ampere, reasons_against_hopper
 from fa_research.errors import ConfigError
 
 IMPLEMENTATIONS = ("auto", "fa2", "fa3")
@@ -35,17 +36,10 @@ def read_options(settings: BackendSettings) -> tuple[str, bool | None]:
 
 
 def _device_reasons(settings: BackendSettings) -> Iterator[str]:
-    if settings.device.type != "cuda" or not torch.cuda.is_available():
-        yield "needs an NVIDIA GPU of compute capability 8.0 or newer; there is no CUDA device here"
-        return
-    major, minor = torch.cuda.get_device_capability(settings.device)
-    if major < 8:
-        yield f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
-    if settings.options.get("implementation") == "fa3" and major != 9:
-        yield (
-            "backend.options.implementation=fa3: needs compute capability 9.x (Hopper), this GPU has "
-            f"{major}.{minor}"
-        )
+    yield from (reasons := reasons_against_ampere(settings.device))
+    if not reasons and settings.options.get("implementation") == "fa3":
+        for reason in reasons_against_hopper(settings.device):
+            yield f"backend.options.implementation=fa3: {reason}"
 
 
 def on_hopper(device: torch.device) -> bool:

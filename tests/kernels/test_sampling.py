@@ -1,12 +1,11 @@
-"""Sampling kernels and their torch twin: kept sets against transformers and a float64 definition, draws against the
-exact distribution, Philox against its authors' vectors, and the two against one another.
+"""Draws of the sampling kernels and their torch twin: against the exact distribution, Philox against its authors'
+vectors, and the two against one another; the sets they draw from are in test_sampling_kept.py.
 
 Shapes: B requests, X vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,158 +13,13 @@ import torch
 from torch import Tensor
 
 from fa_research.kernels import ops, sampling, sampling_torch
+from tests.kernels.sampling_oracle import DEVICE, FILTERS, SAMPLED, Params, defined, logits_of, packed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow encountered:RuntimeWarning"
 )  # of the interpreter, at -inf
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARIES = [1, 256, 5000] if DEVICE == "cpu" else [1, 256, 50257, 128256, 151936, 262144]
 DRAWS = 20_000
-
-
-@dataclass(frozen=True)
-class Params:
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-
-FILTERS = [
-    Params(),
-    Params(0.7),
-    Params(1.5, top_k=5),
-    Params(top_k=1),
-    Params(0.8, top_p=0.9),
-    Params(top_p=0.05),
-    Params(top_p=1e-6),
-    Params(min_p=0.1),
-    Params(2.0, min_p=1.0),
-    Params(1.3, 20, 0.8),
-    Params(0.9, 40, 0.95, 0.05),
-    Params(1e-3, 50, 0.99, 0.01),
-    Params(0.0, 5, 0.5),
-]
-
-
-def packed(params: list[Params], device: str = DEVICE) -> list[Tensor]:
-    """Temperature, top-k, top-p and min-p as ops.sample takes them."""
-    columns = [
-        torch.tensor([getattr(p, name) for p in params])
-        for name in ("temperature", "top_k", "top_p", "min_p")
-    ]
-    columns[1] = columns[1].int()
-    return [column.to(device) for column in columns]
-
-
-def logits_of(kind: str, rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(vocab)
-    x = torch.randn(rows, vocab, generator=generator)
-    if kind == "peaked":
-        x = x * 2 + 12 * (torch.rand(rows, vocab, generator=generator) > 1 - 20 / vocab)
-    elif kind == "ties":
-        x = (x * 2).round()
-    elif kind == "equal":
-        x = torch.full_like(x, -3.5)
-    elif kind == "masked":
-        x[torch.rand(rows, vocab, generator=generator) > 0.1] = float("-inf")
-        x[:, vocab // 2] = 0.5
-    elif kind == "wide":
-        x = x.sign() * 10 ** (x * 3)
-    return x.to(dtype).to(DEVICE)
-
-
-def defined(x_X: Tensor, params: Params) -> Tensor:
-    """Which ids may be drawn, by the definition, in float64: bool [X]."""
-    y = x_X.double().cpu() / params.temperature
-    kept = y > float("-inf")
-    if 0 < params.top_k < len(y):
-        kept &= y >= sorted(y.tolist())[-params.top_k]
-    probabilities = torch.where(kept, y, float("-inf")).softmax(0)
-    if params.top_p < 1:
-        above = torch.tensor([probabilities[probabilities > p].sum().item() for p in probabilities.unique()])
-        least = probabilities.unique()[(above < float(torch.tensor(params.top_p))) | (above == 0)].min()
-        kept &= probabilities >= least
-    return kept & (probabilities >= params.min_p * probabilities.max() * (1 - 1e-7))
-
-
-def by_kernel(logits_BX: Tensor, params: list[Params], capacity: int) -> Tensor:
-    _, threshold_B = sampling.thresholds(logits_BX, *packed(params), capacity)
-    return logits_BX >= threshold_B[:, None]
-
-
-SAMPLED = [params for params in FILTERS if params.temperature > 0]
-
-
-def assert_kept(logits_BX: Tensor, params: list[Params], capacities: tuple[int, ...]) -> None:
-    expected = torch.stack([defined(x, p) for x, p in zip(logits_BX, params, strict=True)])
-    by_torch = sampling_torch.kept(logits_BX.float(), *packed(params)).cpu()
-    for actual in (by_torch, *(by_kernel(logits_BX, params, capacity).cpu() for capacity in capacities)):
-        assert actual.sum(-1).tolist() == expected.sum(-1).tolist()
-        assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("kind", ["flat", "peaked", "ties", "equal", "masked"])
-def test_kept_sets_are_those_of_the_definition(kind: str) -> None:
-    """Also with room for so few logits at a time that the kernel has to narrow its bounds pass by pass."""
-    assert_kept(logits_of(kind, len(SAMPLED), 700), SAMPLED, (1024, 128, 16))
-
-
-LEADING = [
-    *[Params(0.8, k) for k in (1, 50, 64, 65, 100, 126)],
-    *[Params(1.2, k, p) for k in (1, 60, 100, 2000) for p in (0.05, 0.9)],
-    *[Params(0.6, top_p=p) for p in (0.01, 0.5, 0.99)],
-    Params(0.6, 100, 0.8, 0.02),
-]
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        ("flat", torch.float32),
-        ("ties", torch.float32),
-        ("flat", torch.bfloat16),
-        ("ties", torch.bfloat16),
-        ("masked", torch.bfloat16),
-        ("peaked", torch.float16),
-    ],
-    ids=str,
-)
-def test_kept_sets_are_the_same_in_leading_groups_and_in_the_row(kind: str, dtype: torch.dtype) -> None:
-    """126 groups of ids. They lead in few registers (64 groups), in many, or are too many for the capacity."""
-    assert_kept(logits_of(kind, len(LEADING), 4000, dtype), LEADING, (8192, 1024))
-
-
-@pytest.mark.parametrize("capacity", [8192, 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_infinity_is_above_the_largest_finite_logit(dtype: torch.dtype, capacity: int) -> None:
-    """Though they share a key of bfloat16. (In float32 it counts as the largest finite number.)"""
-    x_BX = torch.randn(3, 4200).to(dtype).to(DEVICE)
-    largest = min(torch.finfo(dtype).max, 3.39e38)
-    x_BX[:, [5, 9]] = torch.tensor([largest, float("inf")], dtype=dtype, device=DEVICE)
-    kept_BX = by_kernel(x_BX, [Params(top_k=1), Params(top_p=0.5), Params(1.0, 3, 0.5)], capacity)
-    assert kept_BX.nonzero().tolist() == [[0, 9], [1, 9], [2, 9]]
-
-
-@pytest.mark.parametrize("kind", ["flat", "peaked"])
-def test_kept_sets_are_those_of_transformers(kind: str) -> None:
-    process = pytest.importorskip(
-        "transformers.generation.logits_process", reason="the GPU suite runs without it"
-    )
-    logits_BX = logits_of(kind, len(SAMPLED), 997)
-    rows = []
-    for x, params in zip(logits_BX.double().cpu(), SAMPLED, strict=True):
-        warpers = [process.TemperatureLogitsWarper(params.temperature)]
-        warpers += [process.TopKLogitsWarper(params.top_k)] if params.top_k else []
-        warpers += [process.TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
-        warpers += [process.MinPLogitsWarper(params.min_p)] if params.min_p else []
-        row = x[None]
-        for warper in warpers:
-            row = warper(None, row)
-        rows.append(row[0] > float("-inf"))
-    expected = torch.stack(rows)
-    assert torch.equal(sampling_torch.kept(logits_BX, *packed(SAMPLED)).cpu(), expected)
-    assert torch.equal(by_kernel(logits_BX, SAMPLED, 128).cpu(), expected)
 
 
 def words(*values: int) -> list[Tensor]:
