@@ -38,8 +38,8 @@ from fa_research.kernels.jax_paged import paged_attention as with_xla  # noqa: E
 from fa_research.kernels.pallas_decode import Config, paged_decode  # noqa: E402
 
 HEADS, KV_HEADS, DIM, PAGE_SIZE = 32, 8, 128, 16
-CHAIN = 16  # calls after one another in one program: the host runs ahead
-ROUNDS = 7
+CHAIN, LONGER = 16, 64  # calls after one another, the host ahead of the device
+ROUNDS = 9
 CONFIGS = [
     Config(block_n=n, num_warps=warps, num_stages=stages, cuts=cuts)
     for n, warps, stages, cuts in (
@@ -101,14 +101,11 @@ class Scene:
         return {name: to_jax(x) for name, x in (tensors | {"lens": m.cache_seqlens_int32_B}).items()}
 
 
-def seconds(run: Callable[[], object], wait: Callable[[object], object], rounds: int = ROUNDS) -> float:
-    """Median of the time of `run` until its result is there."""
-    times = []
-    for _ in range(rounds + 2):
-        start = time.perf_counter()
-        wait(run())
-        times.append(time.perf_counter() - start)
-    return median(times[2:])
+def microseconds(run: Callable[[], object], wait: Callable[[object], object]) -> float:
+    """Until the result of `run` is there."""
+    start = time.perf_counter()
+    wait(run())
+    return (time.perf_counter() - start) * 1e6
 
 
 def wait_torch(_: object) -> None:
@@ -118,14 +115,21 @@ def wait_torch(_: object) -> None:
 
 @dataclass
 class Prepared:
-    """One variant on one batch: its output, and CHAIN calls to be timed."""
+    """One variant on one batch: its output, and as many calls after one another as are asked for."""
 
     out: Tensor
-    chain: Callable[[], object]
+    chain: Callable[[int], object]
     wait: Callable[[object], object]
 
-    def microseconds(self) -> float:
-        return seconds(self.chain, self.wait) / CHAIN * 1e6
+    def cost(self) -> tuple[float, float]:
+        """Microseconds of each further call, and those that a chain costs once, however long: its start, until the
+        first kernel runs, and the wait for its end. Two lengths by turns, the first two rounds not counted."""
+        rounds = [
+            [microseconds(lambda n=n: self.chain(n), self.wait) for n in (CHAIN, LONGER)]
+            for _ in range(ROUNDS + 2)
+        ][2:]
+        call = median((longer - short) / (LONGER - CHAIN) for short, longer in rounds)
+        return call, median(short - CHAIN * call for short, _ in rounds)
 
 
 def in_torch(name: str, plan_each: bool, scene: Scene) -> Prepared:
@@ -135,9 +139,9 @@ def in_torch(name: str, plan_each: bool, scene: Scene) -> Prepared:
     scene.metadata.plans.clear()
     backend.plan(scene.metadata, backend.lowerings[0])
 
-    def chain() -> Tensor:
+    def chain(calls: int) -> Tensor:
         q_BHD = scene.q_BHD
-        for _ in range(CHAIN):
+        for _ in range(calls):
             if plan_each:
                 backend.plan(scene.metadata, backend.lowerings[0])
             q_BHD, _ = backend.attend(q_BHD, scene.k_NKD, scene.v_NKD, scene.metadata, scene.spec)
@@ -148,24 +152,24 @@ def in_torch(name: str, plan_each: bool, scene: Scene) -> Prepared:
 
 
 def in_jax(attend: Callable[[dict[str, Any]], Any], scene: Scene, together: bool = False) -> Prepared:
-    """Calls under jit, each on the result of the one before: in a large batch a program each, which the host starts
-    ahead of the device, unless `together`; else all in one program, so that starting programs is not what is timed."""
+    """Calls under jit, each on the output of the one before: a program each, which the host starts ahead of the device,
+    or `together` in one program, as the layers of a model are."""
     arrays, once = scene.arrays(), jax.jit(attend)
 
-    def programs() -> Any:
+    def programs(calls: int) -> Any:
         q = arrays["q"]
-        for _ in range(CHAIN):
+        for _ in range(calls):
             q = once(arrays | {"q": q})
         return q
 
-    def chain(arrays: dict[str, Any]) -> Any:
-        for _ in range(CHAIN):
+    @functools.partial(jax.jit, static_argnums=1)
+    def one_program(arrays: dict[str, Any], calls: int) -> Any:
+        for _ in range(calls):
             arrays = arrays | {"q": attend(arrays)}
         return arrays["q"]
 
-    one_program = jax.jit(chain)
-    run = programs if scene.q_BHD.shape[0] > 1 and not together else lambda: one_program(arrays)
-    return Prepared(to_torch(once(arrays)), run, jax.block_until_ready)
+    chain = functools.partial(one_program, arrays) if together else programs
+    return Prepared(to_torch(once(arrays)), chain, jax.block_until_ready)
 
 
 def variants(interpret: bool) -> Iterator[tuple[str, Callable[[dict[str, Any]], Any]]]:
@@ -203,7 +207,9 @@ def sharing(scene: Scene) -> dict[str, float]:
         "to_torch_us": lambda: to_torch(array),
         "handle_us": lambda: cache.get(scene.k_NKD),
     }
-    return {name: seconds(run, lambda _: None, 200) * 1e6 for name, run in cases.items()}
+    return {
+        name: median(microseconds(run, lambda _: None) for _ in range(200)) for name, run in cases.items()
+    }
 
 
 def row_of(config: dict[str, Any], prepare: Callable[[Scene], Prepared], large: Scene, little: Scene) -> Row:
@@ -212,10 +218,10 @@ def row_of(config: dict[str, Any], prepare: Callable[[Scene], Prepared], large: 
     checks = large.check(prepared.out)
     row = Row(Status.ok if checks["out_passed"] else Status.inaccurate, config, checks=checks)
     if row.status is Status.ok:
-        took = prepared.microseconds()
-        row.metrics = {"call_us": took, "gigabytes_per_s": large.bytes_read / took / 1e3}
+        call, once = prepared.cost()
+        row.metrics = {"call_us": call, "once_us": once, "gigabytes_per_s": large.bytes_read / call / 1e3}
         if not config["variant"].startswith("pallas"):  # a kernel more or less, and long to compile
-            row.metrics["call_bs1_us"] = prepare(little).microseconds()
+            row.metrics["call_bs1_us"], row.metrics["once_bs1_us"] = prepare(little).cost()
     return row
 
 

@@ -10,15 +10,17 @@ from collections import defaultdict
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.jax_decode.measure import CHAIN, Prepared, Scene, in_jax, in_torch, through
+from experiments.jax_decode.measure import CHAIN, Prepared, Scene, in_jax, in_torch, through, variants
+
+DEFAULT = "pallas block_n=64 num_warps=4 num_stages=2 cuts=1"
 
 
 def report(name: str, prepared: Prepared) -> None:
     """Kernels of one chain by total time, and how much of the chain no kernel ran."""
     for _ in range(3):
-        prepared.wait(prepared.chain())
+        prepared.wait(prepared.chain(CHAIN))
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        prepared.wait(prepared.chain())
+        prepared.wait(prepared.chain(CHAIN))
         torch.cuda.synchronize()
     kernels = [event for event in recorded.events() if event.device_type.name == "CUDA"]
     begin = min(event.time_range.start for event in kernels)
@@ -37,7 +39,11 @@ def main() -> None:
     for name in ("fa3", "triton"):
         report(f"torch {name}", in_torch(name, False, scene))
         report(f"torch {name}, planned each time", in_torch(name, True, scene))
-        report(f"jit {name}", in_jax(lambda a, name=name: through(name, a), scene))
+        for together in (False, True):
+            prepared = in_jax(lambda a, name=name: through(name, a), scene, together)
+            report(f"jit {name}{', one program' * together}", prepared)
+    attend = dict(variants(interpret=False))[DEFAULT]
+    report(f"jit {DEFAULT}", in_jax(attend, scene))  # what two programs cost where nothing of ours is called
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Order on the GPU: `to_jax` makes JAX computations that take the array wait for what the current torch stream holds at
 the call; `to_torch` makes the current torch stream wait for the computation that makes the array. So torch writes
 before `to_jax`, JAX reads, and torch may write again on that stream after `to_torch` of a result of the same
-computation, and the host waits for nothing. On the CPU torch runs at once, and `to_torch` waits for the result.
+computation, and the host waits for nothing. What one side lets go of is given away once the other has read it. On the
+CPU torch runs at once, and `to_torch` waits for the result.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 import os
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -126,10 +128,9 @@ def to_jax(tensor: Tensor) -> jax.Array:
 
 
 def to_torch(array: jax.Array) -> Tensor:
-    """The array's memory as a tensor, which must not be written to while JAX may read the array. On a GPU the memory
-    goes back to JAX when the tensor dies: JAX computations that are not ordered behind torch's stream (by an argument
-    from `to_jax`) may be given it while torch kernels still read. Raises InteropError for an array that is deleted
-    (donated), traced or on several devices."""
+    """The array's memory as a tensor, which must not be written to while JAX may read the array. It keeps the memory
+    alive, on a GPU until what the current torch stream holds at its death has run. Raises InteropError for an array
+    that is deleted (donated), traced or on several devices."""
     jax = import_jax()
     if isinstance(array, jax.core.Tracer):
         raise InteropError("to_torch: this array is traced; call it outside jax.jit")
@@ -141,7 +142,25 @@ def to_torch(array: jax.Array) -> Tensor:
         array.block_until_ready()
     tensor = torch.from_dlpack(array)
     assert not tensor.numel() or tensor.data_ptr() == array.unsafe_buffer_pointer()
+    if tensor.is_cuda:
+        # The storage, as views of the tensor may outlive it.
+        weakref.finalize(tensor.untyped_storage(), _leave, array).atexit = False
     return tensor
+
+
+_leaving: deque[tuple[torch.cuda.Event, Any]] = deque()  # JAX arrays that torch kernels may still read
+
+
+def _leave(array: Any) -> None:
+    """The array as torch has no tensor of it any more: JAX would give its memory away without regard to torch's
+    stream."""
+    while _leaving and _leaving[0][0].query():
+        _leaving.popleft()
+    if torch.cuda.is_current_stream_capturing():
+        return  # the graph's replays read it later still, so that whoever captures must keep the tensor
+    event = torch.cuda.Event()
+    event.record()
+    _leaving.append((event, array))
 
 
 class HandleCache:

@@ -7,12 +7,13 @@ import torch
 
 jax = pytest.importorskip("jax")
 
-from fa_research.interop.dlpack import jax_device  # noqa: E402
+from fa_research.interop.dlpack import jax_device, to_jax, to_torch  # noqa: E402
 from tests.helpers import Scene, make_spec  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 LENS = tuple((500 + i, 1) for i in range(8))
 SLEEP_CYCLES = 200_000_000  # about 0.1 s
+SIZE = 1 << 20
 
 
 def make_scene() -> Scene:
@@ -67,3 +68,24 @@ def test_memory_of_the_device_does_not_grow() -> None:
         scene.run(backend)
     after = in_use()
     assert after[0] <= before[0] and after[1] <= before[1] + (1 << 20)
+
+
+def test_jax_has_its_memory_back_when_torch_has_read_it() -> None:
+    x = jax.numpy.full(SIZE, 1.0).block_until_ready()
+    tensor = to_torch(x)
+    del x
+    torch.cuda._sleep(SLEEP_CYCLES)
+    copy = tensor.clone()
+    del tensor
+    jax.block_until_ready([jax.numpy.full(SIZE, float(2 + i)) for i in range(4)])
+    assert copy.eq(1.0).all()
+
+
+def test_torch_has_its_memory_back_when_jax_has_read_it() -> None:
+    late = jax.jit(lambda x, y: jax.lax.fori_loop(0, 50, lambda _, z: z @ x, x)[0, 0] * 0 + y)
+    eye, ones = jax.numpy.eye(4096, dtype=jax.numpy.float32), torch.ones(SIZE, device="cuda")
+    late(eye, to_jax(ones)).block_until_ready()
+    out = late(eye, to_jax(ones))
+    del ones
+    others = [torch.full((SIZE,), float(2 + i), device="cuda") for i in range(4)]
+    assert to_torch(out).eq(1.0).all(), others[0][0]

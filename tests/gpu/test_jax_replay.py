@@ -46,6 +46,7 @@ def test_replays_read_what_the_buffers_hold_now(name: str) -> None:
     assert max(graphs) > 0, "no call was captured: XLA never passed the same addresses twice"
 
 
+@pytest.mark.quiet  # the memory is that of the whole GPU
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thousand_calls_leave_memory_as_it_was(name: str) -> None:
     scene = make_scene(device="cuda")

@@ -38,6 +38,9 @@ def test_a_row_says_how_it_was_timed_and_at_which_clocks(
     assert row.status is Status.ok, row.reasons
     metrics = row.metrics
     assert metrics["timing_method"] == ("cupti" if kind is TimerKind.cupti else "cuda_events")
+    if level is Level.attention:
+        methods = {metrics[f"{part}_timing_method"] for part in ("metadata", "kv_write", "attention")}
+        assert methods == {"cupti" if kind is TimerKind.cupti else "cuda_graph"}
     assert ("decode_step_span_us" in metrics) == (kind is TimerKind.cupti)
     assert metrics["gpu_sm_clock_MHz"] >= metrics["gpu_sm_clock_min_MHz"] > 0
     assert metrics["gpu_power_W"] > 0 and metrics["gpu_temperature_C"] > 0

@@ -40,7 +40,7 @@ def test_every_unit_has_its_columns(name: str, level: Level) -> None:
     expected |= {"timing_method", "timing_l2", "kv_pool_bytes", "kv_num_pages", "model_weight_bytes"}
     counted = ["attention"] if parts else [unit for unit in UNITS[name] if unit != "prefill"]
     expected |= {f"{unit}_{rate}" for unit in counted for rate in ("GB_per_s", "TFLOP_per_s")}
-    expected |= {"attention_timing_method"} if parts else set()
+    expected |= {f"{part}_timing_method" for part in parts}
     assert set(result.metrics) == expected
     assert all(value > 0 for key, value in result.metrics.items() if key.endswith(("us", "_s", "count")))
     for unit in workload.units():
