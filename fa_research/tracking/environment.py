@@ -80,6 +80,7 @@ def _torch() -> dict[str, Any]:
     return {
         "gpu": properties.name,
         "gpu_count": torch.cuda.device_count(),
+        "gpu_uuid": str(getattr(properties, "uuid", "")),  # which of several
         "gpu_memory_bytes": properties.total_memory,
         "gpu_sm_count": properties.multi_processor_count,
         "gpu_compute_capability": f"{properties.major}.{properties.minor}",

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fa_research.isolation import gpus
 from fa_research.isolation.gpus import GpuShare
-from fa_research.tracking import ROWS_FILE, Status, read_rows
+from fa_research.tracking import ROWS_FILE, Row, Status, read_rows
 from tests.sweep.test_sweep import has
 from tests.test_cli import SMALL, run_py
 
@@ -114,16 +115,31 @@ def test_cells_on_the_cpu_wait_for_no_gpu(tmp_path: Path) -> None:
         other.kill()
 
 
-@pytest.mark.gpu
-def test_two_processes_on_one_gpu_run_their_cells_in_turn(tmp_path: Path) -> None:
+def rows_of_two_processes(tmp_path: Path, **env: str) -> list[Row]:
+    """Four cells on the GPU in a sweep of two processes, in the order of their starts."""
     if not has("hydra_joblib_launcher"):
         pytest.skip("hydra_joblib_launcher is not installed")
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
-    env = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     env["XDG_CACHE_HOME"] = str(tmp_path)  # a roof measured beside other tests is not for keeping
     done = run_py("-m", *SMALL, "device=cuda", "seed=range(4)", *launcher, cwd=tmp_path, timeout=280, **env)
     assert done.returncode == 0, done.stderr
     rows = sorted(read_rows(tmp_path / "sweep" / ROWS_FILE), key=lambda row: row.started)
     assert [row.status for row in rows] == [Status.ok] * 4
+    return rows
+
+
+@pytest.mark.gpu
+def test_two_processes_on_one_gpu_run_their_cells_in_turn(tmp_path: Path) -> None:
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    rows = rows_of_two_processes(tmp_path, CUDA_VISIBLE_DEVICES=first)
     for before, after in zip(rows, rows[1:], strict=False):
         assert before.finished <= after.started
+
+
+@pytest.mark.gpu
+def test_two_processes_on_two_gpus_have_one_each(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    rows = rows_of_two_processes(tmp_path)
+    assert len({row.environment["gpu_uuid"] for row in rows}) == 2
+    assert any(after.started < before.finished for before, after in zip(rows, rows[1:], strict=False))
