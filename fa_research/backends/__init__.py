@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -43,14 +43,19 @@ def reasons_against(name: str, settings: BackendSettings, specs: Sequence[Attent
     return tuple(dict.fromkeys(reason for lowering in lowerings for reason in lowering.reasons))
 
 
-def choose(settings: BackendSettings, specs: Sequence[AttentionSpec]) -> tuple[str, str]:
-    """`backend=auto`: the fastest backend for this device that supports every layer, and why it was taken."""
+def choose(
+    settings: BackendSettings,
+    specs: Sequence[AttentionSpec],
+    also: Callable[[str], Sequence[str]] = lambda name: (),
+) -> tuple[str, str]:
+    """`backend=auto`: the fastest backend for this device that supports every layer, and why it was taken. `also`: more
+    reasons against a backend that could run them, of the caller's own."""
     ranked = sorted(_registry().values(), key=lambda cls: -cls.speed_rank(settings.device))
     passed_over: list[str] = []
     for cls in ranked:
         if cls.speed_rank(settings.device) < 0:
             continue
-        reasons = reasons_against(cls.name, settings, specs)
+        reasons = reasons_against(cls.name, settings, specs) or tuple(also(cls.name))
         if not reasons:
             because = "; ".join(passed_over) or "the first choice on this device"
             return cls.name, because

@@ -7,6 +7,7 @@ Python. Only for work that reads lengths on the device, as a captured decode ste
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-_MOST = 64  # graphs kept for a call; a new one takes the place of the oldest
+_MOST = 256  # graphs kept for a call, which may be that of every layer of a program
 _MOST_SEEN = 1024  # addresses met once
 _pools: dict[int, Any] = {}  # by stream: what one stream replays in order may share memory
 _side: list[torch.cuda.Stream] = []  # one for all: cuBLAS keeps a workspace for every stream that it has seen
@@ -51,8 +52,8 @@ class Replays:
         self._seen.add(key)
 
     def _keep(self, key: tuple[int, Addresses], graph: torch.cuda.CUDAGraph) -> None:
-        if len(self._graphs) >= _MOST:
-            del self._graphs[next(iter(self._graphs))]
+        if len(self._graphs) >= _MOST:  # any one: a program with more layers would find the oldest gone each time
+            del self._graphs[random.choice(list(self._graphs))]
         self._graphs[key] = graph
 
     def _capture(self, work: Callable[[], None], stream: int) -> torch.cuda.CUDAGraph:

@@ -115,17 +115,25 @@ def shared_backend(
             "backend=jax serves torch; from JAX take auto, torch, triton, flex, fa2, fa3 or fa4"
         )
     settings = BackendSettings(device, dtype, page_size, longest)
+
+    def reasons_from_jax(name: str) -> tuple[str, ...]:
+        return _reasons_from_jax(backends.create(name, settings, [spec]))
+
     if name == "auto":
-        name, _ = backends.choose(settings, [spec])
+        name, _ = backends.choose(settings, [spec], also=reasons_from_jax)
     made = backends.create(name, settings, [spec])
-    if made.capabilities.host_planning:
-        raise InteropError(
-            f"backend={name} plans on the host, which needs lengths that a JAX program has on the device alone; use "
-            "backend=triton or fa3"
-        )
-    if made.lowerings[0].chunk:
-        raise InteropError(
-            f"mask chunked on backend={name}: its virtual requests need lengths on the host, which a JAX program has "
-            "not; use backend=triton"
-        )
+    if reasons := _reasons_from_jax(made):
+        raise InteropError(f"backend={name} {'; '.join(reasons)}; use backend=triton")
     return SharedBackend(made)
+
+
+def _reasons_from_jax(made: AttentionBackend) -> tuple[str, ...]:
+    """Why a backend that could run the layer cannot from a JAX program, which has lengths on the device alone."""
+    reasons = []
+    if made.capabilities.host_planning:
+        reasons.append("plans on the host, which needs lengths that a JAX program has on the device alone")
+    if made.lowerings[0].chunk:
+        reasons.append(
+            "runs mask chunked as virtual requests, which need lengths that a JAX program has on the device alone"
+        )
+    return tuple(reasons)

@@ -151,6 +151,8 @@ def test_auto_goes_from_the_fastest_down_and_says_what_it_passed_over(
     ]
     monkeypatch.setattr(backends, "_registry", lambda: {cls.name: cls for cls in order})
     assert backends.choose(settings(), [SPEC]) == ("fast", "not absent (no such chip)")
+    found = backends.choose(settings(), [SPEC], also=lambda name: ["too fast"] if name == "fast" else [])
+    assert found == ("slow", "not absent (no such chip); not fast (too fast)")
 
 
 def test_auto_where_nothing_works_lists_what_was_tried() -> None:

@@ -93,6 +93,15 @@ def test_under_jit_without_a_device_it_is_jaxs_default(name: str) -> None:
     scene.check_outputs(to_torch(out).split(1), range(len(scene.lens)))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_auto_is_a_backend_that_a_jax_program_can_call(device: str) -> None:
+    """On a GPU FA3 comes first, and has chunks as virtual requests only, made of lengths that the host knows."""
+    scene = make_scene(Chunked(16), device=device)
+    arrays, static = arguments(scene)
+    run = jax.jit(lambda arrays: paged_attention(**arrays, **static, backend="auto"))
+    scene.check_outputs(to_torch(run(arrays)).split(1), range(len(scene.lens)))
+
+
 def test_the_pool_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = make_scene()
     arrays, static = arguments(scene)

@@ -113,3 +113,13 @@ def test_programs_of_two_threads_capture_one_after_the_other() -> None:
     for thread in threads:
         thread.join()
     assert inside.is_set() and not errors
+
+
+def test_a_program_of_more_calls_than_graphs_still_replays_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_MOST", 16)
+    replays, captured = Replays(), []
+    for _ in range(10):
+        captured.append(0)
+        for address in range(20):
+            replays.run(lambda: captured.__setitem__(-1, captured[-1] + bool(_capturing)), 1, (address,))
+    assert sum(captured[5:]) < 5 * 20 / 2 and len(replays._graphs) == 16
