@@ -100,27 +100,28 @@ def _run(frame: Frame, platform: str) -> None:
             f"compiled for {platform}, asked for device={call.device.type}; pass device={platform!r}"
         )
     addresses = (*frame.arguments.addresses(), *frame.results.addresses())
-    with torch.inference_mode():
-        if platform == "cpu":
+    if platform == "cpu":
+        with torch.inference_mode():
             call.run(addresses)
-            return
-        stream = _stream(frame, call.device)
-        with torch.cuda.stream(stream):
-            if call.replays is None:
-                call.run(addresses)
-            else:
-                call.replays.run(lambda: call.run(addresses), stream.cuda_stream, addresses)
+        return
+    stream, replays = _stream(frame), call.replays
+    if replays is not None and replays.launch(stream, addresses):
+        return
+    if stream not in _streams:
+        _streams[stream] = torch.cuda.ExternalStream(stream, device=call.device)
+    with torch.inference_mode(), torch.cuda.stream(_streams[stream]):
+        if replays is None:
+            call.run(addresses)
+        else:
+            replays.run(lambda: call.run(addresses), stream, addresses)
 
 
-def _stream(frame: Frame, device: torch.device) -> Any:
+def _stream(frame: Frame) -> int:
     """XLA's stream: what runs on it comes after what makes the inputs, and before what reads the outputs."""
     args = StreamArgs(ctypes.sizeof(StreamArgs), None, frame.context, None)
     if frame.api.contents.stream_get(ctypes.addressof(args)):
         raise RuntimeError("XLA gives no stream")
-    pointer = args.stream or 0
-    if pointer not in _streams:
-        _streams[pointer] = torch.cuda.ExternalStream(pointer, device=device)
-    return _streams[pointer]
+    return args.stream or 0
 
 
 def _wrap(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
