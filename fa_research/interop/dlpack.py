@@ -144,14 +144,14 @@ def to_torch(array: jax.Array) -> Tensor:
     assert not tensor.numel() or tensor.data_ptr() == array.unsafe_buffer_pointer()
     if tensor.is_cuda:
         # The storage, as views of the tensor may outlive it.
-        weakref.finalize(tensor.untyped_storage(), _leave, array).atexit = False
+        weakref.finalize(tensor.untyped_storage(), _leave, array, tensor.device).atexit = False
     return tensor
 
 
 _leaving: deque[tuple[torch.cuda.Event, Any]] = deque()  # JAX arrays that torch kernels may still read
 
 
-def _leave(array: Any) -> None:
+def _leave(array: Any, device: torch.device) -> None:
     """The array as torch has no tensor of it any more: JAX would give its memory away without regard to torch's
     stream."""
     while _leaving and _leaving[0][0].query():
@@ -159,7 +159,7 @@ def _leave(array: Any) -> None:
     if torch.cuda.is_current_stream_capturing():
         return  # the graph's replays read it later still, so that whoever captures must keep the tensor
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     _leaving.append((event, array))
 
 
