@@ -17,7 +17,14 @@ from torch.nn.functional import pad
 from fa_research.attention.lowering import Lowering
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.errors import ConfigError
-from fa_research.interop.dlpack import HandleCache, reasons_against_jax, to_jax, to_torch, x64_enabled
+from fa_research.interop.dlpack import (
+    HandleCache,
+    reasons_against_jax,
+    reasons_against_sharing,
+    to_jax,
+    to_torch,
+    x64_enabled,
+)
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import AttentionSpec, Capabilities, GraphSupport
 
@@ -130,9 +137,9 @@ class JaxBackend(AttentionBackend):
         v_RKV, v_first_row = self._pool(v_cache_NKV)
         assert first_row == v_first_row, "keys and values of one layer lie at the same slots"
         tokens, one_each = q_THD.shape[0], metadata.max_seq_len_q == 1
-        q = to_jax(_pad_queries(q_THD, bucket(tokens)))
+        q = to_jax(_shareable(_pad_queries(q_THD, bucket(tokens))))
         arrays = (q, k_RKD, v_RKV, first_row, plan.page_table_BP, plan.cache_seqlens_B)
-        sinks = None if sinks_H is None else self.handles.get(sinks_H)
+        sinks = None if sinks_H is None else self.handles.get(_shareable(sinks_H))
         shape = {"page_size": metadata.page_size, "scale": spec.scale, "softcap": spec.softcap}
         if one_each and tokens == metadata.batch_size and self._choose(spec)[0] == "pallas":
             out, lse = self._decode(arrays, sinks, spec, shape)
@@ -189,6 +196,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def bucket(size: int) -> int:
     """The next power of two: programs are compiled for these sizes only."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def _shareable(tensor: Tensor) -> Tensor:
+    """It, or a copy of what lies where JAX cannot read it."""
+    return tensor.clone() if reasons_against_sharing(tensor) else tensor
 
 
 def _pad_queries(q_THD: Tensor, size: int) -> Tensor:

@@ -2,9 +2,64 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from fa_research.errors import InteropError
+from fa_research.interop.dlpack import import_jax
+
+
+def check_arrays(arrays: Mapping[str, Any]) -> None:
+    """Each a JAX array (or None), and those that are no tracers on one device."""
+    jax = import_jax()
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        kind = f"{type(array).__module__.split('.')[0]}.{type(array).__name__}"
+        hint = (
+            "share it with interop.dlpack.to_jax"
+            if kind.startswith("torch.")
+            else "pass jax.numpy.asarray of it"
+        )
+        check(isinstance(array, jax.Array), f"{name} is a {kind}, it has to be a jax.Array; {hint}")
+        if not isinstance(array, jax.core.Tracer):
+            count = len(array.devices())
+            check(
+                count == 1,
+                f"{name} is on {count} devices, and is read where it lies; call it within jax.shard_map",
+            )
+
+
+def number(name: str, given: Any, read: Callable[[Any], Any]) -> Any:
+    """A number that the compiled program is made for, by `read`: float or operator.index."""
+    try:
+        return read(given)
+    except Exception:  # of JAX's several, for what is traced
+        wanted = "a whole number" if read is operator.index else "a number"
+        raise InteropError(
+            f"paged_attention: {name}={given}: has to be {wanted} that is known when the call is traced, not an array "
+            "that the program computes"
+        ) from None
+
+
+def bound(name: str, given: Any) -> int | None:
+    """A bound of lengths, or None."""
+    if given is None:
+        return None
+    value: int = number(name, given, operator.index)
+    check(value >= 1, f"{name}={value}: a bound of lengths is at least 1")
+    return value
+
+
+def torch_dtype(name: str, array: Any) -> torch.dtype:
+    """Torch's name of the array's type is JAX's, where it has the type."""
+    found = getattr(torch, str(array.dtype), None)
+    check(isinstance(found, torch.dtype), f"{name} is {array.dtype}, which torch has not by that name")
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def check_arguments(q: Any, k: Any, v: Any, table: Any, seqlens: Any, cu_seqlens_q: Any, sinks: Any) -> None:
@@ -38,9 +93,9 @@ def _check_heads(q: Any, k: Any, v: Any) -> None:
         k.shape[:3] == v.shape[:3], f"k_PSKD is {k.shape}, v_PSKV is {v.shape}: pages, slots and heads differ"
     )
     check(q.shape[2] == k.shape[3], f"head dim of q is {q.shape[2]}, that of k is {k.shape[3]}")
+    heads, kv_heads = q.shape[1], k.shape[2]
     check(
-        q.shape[1] % k.shape[2] == 0,
-        f"{q.shape[1]} query heads are no multiple of {k.shape[2]} KV heads",
+        kv_heads > 0 and heads % kv_heads == 0, f"{heads} query heads are no multiple of {kv_heads} KV heads"
     )
 
 

@@ -14,7 +14,6 @@ import importlib.util
 import os
 import sys
 import weakref
-from collections import deque
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fa_research.errors import InteropError
+from fa_research.interop.leaving import keep_until_read, let_go
 
 if TYPE_CHECKING:
     import jax
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MISSING = "the jax package is not installed (pip install 'fa_research[jax]')"
 # Bytes. XLA's CPU client takes no less; on a GPU its kernels assume so much of their arguments.
 ALIGNMENT = {"cpu": 64, "cuda": 16}
-WITHOUT_X64 = {torch.float64, torch.int64, torch.complex128}
+WITHOUT_X64 = {torch.float64, torch.int64, torch.uint64, torch.complex128}
 
 
 def import_jax() -> ModuleType:
@@ -71,8 +71,11 @@ def jax_device(device: torch.device) -> jax.Device:
     jax = import_jax()
     try:
         devices = jax.devices("gpu" if device.type == "cuda" else device.type)
-    except RuntimeError as error:
-        raise InteropError(f"device={device}: JAX has no such device here ({error})") from None
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX_PLATFORMS names what is not there
+        raise InteropError(
+            f"device={device}: JAX has no such device here ({error or type(error).__name__}); "
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        ) from None
     index = (device.index or 0) if device.type == "cuda" else 0
     matching = [d for d in devices if (d.local_hardware_id or 0) == index]
     if not matching:
@@ -83,6 +86,8 @@ def jax_device(device: torch.device) -> jax.Device:
 def reasons_against_sharing(tensor: Tensor) -> tuple[str, ...]:
     """Why JAX cannot read this tensor where it lies; empty if it can."""
     device = tensor.device.type
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return (f"layout {tensor.layout}: JAX shares dense tensors only; share what they are made of",)
     if device not in ALIGNMENT:
         return (f"device {device}: JAX shares memory with torch on cpu and cuda only",)
     reasons = []
@@ -122,6 +127,7 @@ def to_jax(tensor: Tensor) -> jax.Array:
         raise InteropError(
             f"a {_name(tensor.dtype)} tensor of {tuple(tensor.shape)} on {tensor.device} cannot be shared: {error}"
         ) from error
+    let_go()
     if tensor.numel() and array.unsafe_buffer_pointer() != tensor.data_ptr():
         raise InteropError(f"JAX copied a {_name(tensor.dtype)} tensor of {tuple(tensor.shape)} on import")
     return array
@@ -132,6 +138,8 @@ def to_torch(array: jax.Array) -> Tensor:
     alive, on a GPU until what the current torch stream holds at its death has run. Raises InteropError for an array
     that is deleted (donated), traced or on several devices."""
     jax = import_jax()
+    if not isinstance(array, jax.Array):
+        raise InteropError(f"to_torch: takes a jax.Array, this is a {type(array).__name__}")
     if isinstance(array, jax.core.Tracer):
         raise InteropError("to_torch: this array is traced; call it outside jax.jit")
     if array.is_deleted():
@@ -140,27 +148,15 @@ def to_torch(array: jax.Array) -> Tensor:
         raise InteropError(f"to_torch: the array is on {len(array.devices())} devices, a tensor is on one")
     if next(iter(array.devices())).platform == "cpu":
         array.block_until_ready()
-    tensor = torch.from_dlpack(array)
+    try:
+        tensor = torch.from_dlpack(array)
+    except (ValueError, TypeError, BufferError, RuntimeError) as error:
+        raise InteropError(f"to_torch: a {array.dtype} array cannot be shared with torch: {error}") from error
     assert not tensor.numel() or tensor.data_ptr() == array.unsafe_buffer_pointer()
     if tensor.is_cuda:
-        # The storage, as views of the tensor may outlive it.
-        weakref.finalize(tensor.untyped_storage(), _leave, array, tensor.device).atexit = False
+        keep_until_read(array, tensor)
+        let_go()
     return tensor
-
-
-_leaving: deque[tuple[torch.cuda.Event, Any]] = deque()  # JAX arrays that torch kernels may still read
-
-
-def _leave(array: Any, device: torch.device) -> None:
-    """The array as torch has no tensor of it any more: JAX would give its memory away without regard to torch's
-    stream."""
-    while _leaving and _leaving[0][0].query():
-        _leaving.popleft()
-    if torch.cuda.is_current_stream_capturing():
-        return  # the graph's replays read it later still, so that whoever captures must keep the tensor
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    _leaving.append((event, array))
 
 
 class HandleCache:

@@ -8,8 +8,8 @@ Python. Only for work that reads lengths on the device, as a captured decode ste
 from __future__ import annotations
 
 import ctypes
-import random
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -17,14 +17,17 @@ from typing import Any
 
 import torch
 
-_MOST = 256  # graphs kept for a call, which may be that of every layer of a program
-_MOST_SEEN = 1024  # addresses met once
+_MOST = 512  # graphs kept for a call, which may be that of every layer of a program; then the oldest goes
+_WHEN_FULL = 4  # times that addresses are met before they take another's place: a capture costs more than it saves once
+_MOST_MET = 4096  # addresses that are counted
 _pools: dict[int, Any] = {}  # by stream: what one stream replays in order may share memory
-_side: list[torch.cuda.Stream] = []  # one for all: cuBLAS keeps a workspace for every stream that it has seen
+_side: dict[
+    int, torch.cuda.Stream
+] = {}  # one a device: cuBLAS keeps a workspace for every stream that it has seen
 
 _one_at_a_time = threading.Lock()  # captures: programs of two Python threads share the stream that captures
 
-Addresses = tuple[int, ...]
+Key = tuple[int, tuple[int, ...]]  # stream, addresses
 
 
 class _Launch:
@@ -37,7 +40,10 @@ class _Launch:
 
     def __call__(self, stream: int) -> None:
         if error := _driver().cuGraphLaunch(self._executable, ctypes.c_void_p(stream)):
-            raise RuntimeError(f"CUDA error {error} from the launch of a captured call")
+            name = ctypes.c_char_p()
+            _driver().cuGetErrorName(error, ctypes.byref(name))
+            said = (name.value or b"unknown").decode()
+            raise RuntimeError(f"{said} ({error}) from the launch of a captured call")
 
 
 @cache
@@ -49,56 +55,57 @@ class Replays:
     """The graphs of one call."""
 
     def __init__(self) -> None:
-        self._graphs: dict[tuple[int, Addresses], _Launch] = {}
-        self._seen: set[tuple[int, Addresses]] = set()
+        self._graphs: dict[Key, _Launch] = {}
+        self._met: Counter[Key] = Counter()
 
-    def launch(self, stream: int, addresses: Addresses) -> bool:
-        """Launch the graph for these addresses on the stream of this handle. False: there is none yet."""
+    def launch(self, stream: int, addresses: tuple[int, ...]) -> bool:
+        """Launch the graph for these addresses on the stream of this handle. False: there is none."""
         launch = self._graphs.get((stream, addresses))
         if launch is not None:
             launch(stream)
         return launch is not None
 
-    def run(self, work: Callable[[], None], stream: int, addresses: Addresses) -> None:
+    def run(self, work: Callable[[], None], stream: int, addresses: tuple[int, ...]) -> None:
         """Do `work`, whose tensors lie at `addresses`, on the current stream, whose handle is `stream`: as it is the
         first time, in a graph from then on."""
         key = stream, addresses
-        if key not in self._seen:
-            self._meet(key)
+        full = len(self._graphs) >= _MOST
+        if self._met[key] < (_WHEN_FULL if full else 1):
             work()  # compiles kernels and makes workspaces, which a capture cannot
+            self._meet(key)
             return
         with _one_at_a_time:
-            launch = _Launch(self._capture(work, stream))
-        self._keep(key, launch)
+            launch = _Launch(_capture(work, stream))
+        if full:
+            oldest = next(iter(self._graphs))
+            del self._graphs[oldest], self._met[oldest]
+        self._graphs[key] = launch
         launch(stream)
 
-    def _meet(self, key: tuple[int, Addresses]) -> None:
-        if len(self._seen) >= _MOST_SEEN:
-            self._seen.clear()
-        self._seen.add(key)
+    def _meet(self, key: Key) -> None:
+        if len(self._met) >= _MOST_MET:
+            self._met.clear()
+        self._met[key] += 1
 
-    def _keep(self, key: tuple[int, Addresses], launch: _Launch) -> None:
-        if (
-            len(self._graphs) >= _MOST
-        ):  # any one: a program with more layers would find the oldest gone each time
-            del self._graphs[random.choice(list(self._graphs))]
-        self._graphs[key] = launch
 
-    def _capture(self, work: Callable[[], None], stream: int) -> torch.cuda.CUDAGraph:
-        """Without `torch.cuda.graph`, which waits for the device and collects garbage; and in the mode that lets
-        XLA's other threads allocate meanwhile."""
-        if stream not in _pools:
-            _pools[stream] = torch.cuda.graph_pool_handle()
-        if not _side:
-            _side.append(torch.cuda.Stream())
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(_side[0]):
-            graph.capture_begin(pool=_pools[stream], capture_error_mode="thread_local")
-            try:
-                work()
-            except BaseException:
-                with suppress(RuntimeError):  # that the capture is spoilt; why is what was raised
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        return graph
+def _capture(work: Callable[[], None], stream: int) -> torch.cuda.CUDAGraph:
+    """Without `torch.cuda.graph`, which waits for the device and collects garbage; and in the mode that lets XLA's
+    other threads allocate meanwhile."""
+    device = torch.cuda.current_device()
+    if stream not in _pools:
+        _pools[stream] = torch.cuda.graph_pool_handle()
+    if device not in _side:
+        _side[device] = torch.cuda.Stream(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(_side[device]):
+        graph.capture_begin(pool=_pools[stream], capture_error_mode="thread_local")
+        try:
+            work()
+        except BaseException:
+            with suppress(RuntimeError):  # that the capture is spoilt; why is what was raised
+                graph.capture_end()
+            # Torch takes the pool to be in use by that capture still, and refuses it to the next.
+            del _pools[stream], _side[device]
+            raise
+        graph.capture_end()
+    return graph

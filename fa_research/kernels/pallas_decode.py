@@ -46,7 +46,7 @@ def _kernel(row_ref, q_ref, k_ref, v_ref, table_ref, lens_ref, out_ref, lse_ref,
     if chunk:
         lowest = jnp.maximum(lowest, jnp.maximum(length - 1, 0) // chunk * chunk)
     first_tile = lowest // block_n
-    share = pl.cdiv(pl.cdiv(length, block_n) - first_tile, cuts)
+    share = _ceil_div(_ceil_div(length, block_n) - first_tile, cuts)
     begin = (first_tile + cut * share) * block_n
     end = jnp.minimum(begin + share * block_n, length)
     group, head_dim = q_ref.shape[2:]
@@ -90,12 +90,17 @@ def _kernel(row_ref, q_ref, k_ref, v_ref, table_ref, lens_ref, out_ref, lse_ref,
         jnp.zeros((group, head_dim), jnp.float32),
         pages_at(begin),
     )
-    tiles = pl.cdiv(jnp.maximum(end - begin, 0), block_n)
-    peak, norm, acc, _ = lax.fori_loop(0, tiles, attend, empty)
+    tiles = _ceil_div(jnp.maximum(end - begin, 0), block_n)
+    peak, norm, acc, _ = lax.fori_loop(jnp.int32(0), tiles, attend, empty)
     seen = norm > 0
     norm = jnp.where(seen, norm, 1.0)
     out_ref[request, head, cut] = (acc / norm[:, None]).astype(out_ref.dtype)
     lse_ref[request, head, cut] = jnp.where(seen, (peak + jnp.log2(norm)) * LN2, -jnp.inf)
+
+
+def _ceil_div(x, n: int):
+    """In x's type; `pl.cdiv` takes n to be int64 where JAX has 64-bit types."""
+    return (x + (n - 1)) // n
 
 
 @functools.partial(

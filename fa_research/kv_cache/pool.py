@@ -38,8 +38,10 @@ class TokenToKVPool:
         self.num_slots = (num_pages + 1) * page_size
         self.num_layers = num_layers
         shape = (num_layers, self.num_slots, num_kv_heads)
-        self.k_LNKD = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.v_LNKV = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device)
+        # A tensor of inference mode's own does not know its views, which JAX's handles of the pool go by.
+        with torch.inference_mode(False):
+            self.k_LNKD = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+            self.v_LNKV = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device)
 
     @staticmethod
     def bytes_per_page(

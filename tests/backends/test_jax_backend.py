@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,14 @@ def make(scene: Scene) -> JaxBackend:
     return backend
 
 
-def test_the_pool_is_read_where_it_lies_and_shared_once() -> None:
-    scene = Scene(make_spec(), LENS, 16, torch.float32)
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_pool_is_read_where_it_lies_and_shared_once(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        scene = Scene(make_spec(), LENS, 16, torch.float32)
     backend = make(scene)
-    for _ in range(3):
-        scene.run(backend)
+    with torch.inference_mode(inference):
+        for _ in range(3):
+            scene.run(backend)
     pool = scene.cache.kv
     handles = [handle for known in backend.handles._handles.values() for handle in known.values()]
     pointers = {handle.unsafe_buffer_pointer() for handle in handles}
@@ -210,15 +214,44 @@ def test_what_it_refuses(changes: dict[str, object], says: str) -> None:
         backends.create("jax", scene.settings(**changes), scene.specs)
 
 
+@pytest.fixture
+def x64() -> Iterator[None]:
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(7), Chunked(16)], ids=str)
+def test_pallas_with_64_bit_types(mask: Mask, device: str, x64: None) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    scene = Scene(make_spec((4, 2), 64, mask), ((0, 1), (15, 1), (149, 1)), 16, dtype, device, decode=True)
+    scene.check(scene.backend("jax", options={"kernel": "pallas"}))
+
+
+def test_queries_and_sinks_anywhere_in_memory() -> None:
+    """A view of a size that needs no padding, at an address that JAX does not take."""
+    scene = Scene(make_spec((3, 1), 20, has_sink=True), ((3, 2), (5, 2)), 16, torch.float32)
+    q, v = (
+        torch.cat([torch.zeros_like(scene.q[0][:1]), *scene.q])[1:],
+        torch.cat([torch.zeros(1), scene.sinks])[1:],
+    )
+    assert q.data_ptr() % 64 and v.data_ptr() % 64
+    scene.q, scene.sinks = list(q.split([2, 2])), v
+    qkv = scene.qkv
+    scene.qkv = lambda *args: (q, *qkv(*args)[1:])  # type: ignore[method-assign]
+    scene.check_outputs(scene.run(make(scene)), range(2))
+
+
 def test_float64_needs_x64() -> None:
     scene = Scene(make_spec(), LENS, 16, torch.float64)
     with pytest.raises(Unsupported, match="JAX_ENABLE_X64=1"):
         backends.create("jax", scene.settings(), scene.specs)
-    jax.config.update("jax_enable_x64", True)
-    try:
-        outs = scene.run(make(scene))
-    finally:
-        jax.config.update("jax_enable_x64", False)
+
+
+def test_float64_with_x64(x64: None) -> None:
+    scene = Scene(make_spec(), LENS, 16, torch.float64)
+    outs = scene.run(make(scene))
     for i, out in enumerate(outs):
         torch.testing.assert_close(out, scene.reference(i, torch.float64)[0], rtol=1e-12, atol=1e-12)
 

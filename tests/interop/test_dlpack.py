@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef  # type: ignore[attr-defined]
@@ -70,6 +71,8 @@ def test_parameters_are_shared_without_their_gradient() -> None:
         (torch.zeros(65)[1:], "not a multiple of 64 bytes.*slice in JAX, or clone it"),
         (torch.zeros(4, dtype=torch.float64), "dtype float64: JAX makes it 32-bit; set JAX_ENABLE_X64=1"),
         (torch.zeros(4, dtype=torch.int64), "dtype int64: JAX makes it 32-bit"),
+        (torch.zeros(4, dtype=torch.uint64), "dtype uint64: JAX makes it 32-bit"),
+        (torch.zeros(4, 4).to_sparse(), "layout torch.sparse_coo: JAX shares dense tensors only"),
         (torch.zeros(4, device="meta"), "device meta: JAX shares memory with torch on cpu and cuda only"),
     ],
 )
@@ -110,15 +113,27 @@ def test_a_device_that_jax_has_not() -> None:
         jax_device(torch.device("cuda"))
 
 
-def test_a_donated_array_is_no_tensor_and_leaves_torchs_memory_alone() -> None:
-    tensor = torch.ones(64)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_donated_array_is_no_tensor_and_leaves_torchs_memory_alone(device: str) -> None:
+    tensor = torch.ones(64, device=device)
     array = to_jax(tensor)
     doubled = jax.jit(lambda x: x * 2, donate_argnums=0)(array)
     assert to_torch(doubled).tolist() == [2.0] * 64 and tensor.tolist() == [1.0] * 64
-    # The CPU client may decline to donate; deleting is what donation does to a handle.
-    array.delete()
+    # A client may decline to donate; deleting is what donation does to a handle.
+    if not array.is_deleted():
+        array.delete()
     with pytest.raises(InteropError, match="deleted or donated"):
         to_torch(array)
+
+
+@pytest.mark.parametrize(
+    "given", [np.ones(4), torch.ones(4), jax.random.key(0)], ids=["numpy", "torch", "key"]
+)
+def test_what_is_no_array_of_numbers_is_no_tensor(given: object) -> None:
+    with pytest.raises(
+        InteropError, match=r"to_torch: (takes a jax.Array|a key<fry> array cannot be shared)"
+    ):
+        to_torch(given)  # type: ignore[arg-type]
 
 
 def test_a_traced_array_is_no_tensor() -> None:

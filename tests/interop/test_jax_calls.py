@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,6 +226,46 @@ def test_arguments_that_do_not_fit(change: dict[str, Any], says: str) -> None:
     arrays[name] = apply(arrays[name])
     with pytest.raises(InteropError, match=says):
         jax.jit(lambda arrays: paged_attention(**arrays, **static))(arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"q_THD": np.zeros((4, 4, 64), "float32")}, "q_THD is a numpy.ndarray, it has to be a jax.Array"),
+        ({"page_table_BP": torch.zeros(4, 4, dtype=torch.int32)}, "page_table_BP is a torch.Tensor.*to_jax"),
+        ({"scale": "big"}, "scale=big: has to be a number that is known when the call is traced"),
+        ({"softcap": np.ones(2)}, "softcap=.*: has to be a number"),
+        ({"max_seq_len_k": -5}, "max_seq_len_k=-5: a bound of lengths is at least 1"),
+        ({"max_seq_len_k": 1.5}, "max_seq_len_k=1.5: has to be a whole number"),
+        ({"layer": 0.9}, "layer=0.9: has to be a whole number"),
+        ({"layer": np.int64(3)}, "layer=3: the pool has layers 0 to 1"),
+        ({"mask": "causal"}, "mask='causal': has to be one of fa_research.masks"),
+        ({"device": "tpu"}, "device=tpu: choose one of cpu, cuda"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_of_another_kind(change: dict[str, Any], says: str) -> None:
+    arrays, static = arguments(make_scene())
+    with pytest.raises(InteropError, match=says):
+        paged_attention(**(arrays | static | change))
+
+
+def test_numbers_that_the_program_computes_are_refused() -> None:
+    arrays, static = arguments(make_scene())
+    for name in ("scale", "softcap", "max_seq_len_k"):
+        call = lambda x, name=name: paged_attention(**arrays, **(static | {name: x}))  # noqa: E731
+        with pytest.raises(InteropError, match=f"{name}=.*known when the call is traced"):
+            jax.jit(call)(jax.numpy.int32(1))
+        call(jax.numpy.int32(64))  # known
+    flat = {name: arrays[name][1] for name in ("k_PSKD", "v_PSKV")}
+    with pytest.raises(InteropError, match="layer=.*known when the call is traced"):
+        jax.jit(lambda i: paged_attention(**(arrays | flat | static | {"layer": i})))(0)
+
+
+def test_derivatives_are_refused() -> None:
+    arrays, static = arguments(make_scene())
+    with pytest.raises(InteropError, match="jax.grad through paged_attention"):
+        jax.grad(lambda q: paged_attention(**(arrays | {"q_THD": q}), **static).sum())(arrays["q_THD"])
 
 
 @pytest.mark.parametrize("layer", [-1, 2])

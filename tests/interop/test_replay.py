@@ -71,11 +71,12 @@ def launch(kernel: Callable[[], None]) -> None:
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(replay, "_driver", _Driver)
-    monkeypatch.setattr(replay, "_side", [])
+    monkeypatch.setattr(replay, "_side", {})
     monkeypatch.setattr(replay, "_pools", {})
     yield
     _capturing.clear()
