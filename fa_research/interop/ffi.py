@@ -135,7 +135,8 @@ def _wrap(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torc
     tensor = torch.as_tensor(_CudaArray(address, count * dtype.itemsize), device=device)
     if tensor.data_ptr() != address:  # torch copies what lies on another GPU
         raise RuntimeError(
-            f"XLA's buffer is on another GPU than {device}, torch's current one; make them one"
+            f"XLA's buffer is on another GPU than {device}, torch's current one when the call was traced; trace it for "
+            "each GPU by a jax.jit of its own, with torch.cuda.set_device before"
         )
     return tensor.view(dtype).view(shape)
 

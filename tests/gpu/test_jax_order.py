@@ -7,6 +7,7 @@ import torch
 
 jax = pytest.importorskip("jax")
 
+from fa_research.interop import leaving  # noqa: E402
 from fa_research.interop.dlpack import jax_device, to_jax, to_torch  # noqa: E402
 from tests.helpers import Scene, make_spec  # noqa: E402
 
@@ -89,3 +90,28 @@ def test_torch_has_its_memory_back_when_jax_has_read_it() -> None:
     del ones
     others = [torch.full((SIZE,), float(2 + i), device="cuda") for i in range(4)]
     assert to_torch(out).eq(1.0).all(), others[0][0]
+
+
+def test_a_tensor_may_die_while_a_graph_is_captured() -> None:
+    tensors = [to_torch(jax.numpy.full(SIZE, float(i))) for i in range(3)]
+    ones, graph = torch.ones(SIZE, device="cuda"), torch.cuda.CUDAGraph()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    sums = [tensor + ones for tensor in tensors]
+    del tensors[0]  # its event is asked for later on
+    with torch.cuda.graph(graph):
+        ones.add_(1)
+        tensors.clear()
+    again = jax.block_until_ready([jax.numpy.full(SIZE, 7.0) for _ in range(4)])
+    assert [x[0].item() for x in sums] == [1.0, 2.0, 3.0]
+    to_jax(ones)
+    torch.cuda.synchronize()
+    to_jax(ones)
+    assert not leaving._left, again
+
+
+def test_nothing_is_kept_once_it_was_read() -> None:
+    for _ in range(20):
+        to_torch(jax.numpy.full(SIZE, 1.0)).add(1)
+    torch.cuda.synchronize()
+    leaving.let_go()
+    assert not leaving._left

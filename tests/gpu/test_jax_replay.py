@@ -73,3 +73,22 @@ def test_graphs_of_a_call_are_bounded() -> None:
                 replays.run(lambda: done.add_(1), stream.cuda_stream, (address,))
     assert len(replays._graphs) <= replay._MOST
     assert done.item() == 3 * 2 * replay._MOST
+
+
+def test_a_spoilt_capture_costs_itself_alone() -> None:
+    from fa_research.interop import replay
+
+    replays, done, stream = replay.Replays(), torch.zeros(1, device="cuda"), torch.cuda.Stream()
+
+    def waits() -> None:
+        done.add_(1).item()
+
+    with torch.cuda.stream(stream):
+        replays.run(waits, stream.cuda_stream, (1,))
+        with pytest.raises(RuntimeError, match="capturing"):
+            replays.run(waits, stream.cuda_stream, (1,))
+        before = done.item()
+        for _ in range(3):
+            if not replays.launch(stream.cuda_stream, (2,)):
+                replays.run(lambda: done.add_(1), stream.cuda_stream, (2,))
+    assert done.item() == before + 3 and len(replays._graphs) == 1
