@@ -70,16 +70,32 @@ class JaxDecoder:
 
     def generate(self, prompts: Sequence[Sequence[int]], steps: int) -> np.ndarray:
         """Greedy tokens [B, steps] after the prompts."""
-        lens = np.array([len(prompt) for prompt in prompts])
-        self.table_BP = self._pages(lens + steps)
-        last_B = self.extend(np.concatenate([np.asarray(prompt) for prompt in prompts]), lens)
-        tokens = [last_B]
+        tokens = [self.start(prompts, steps)]
         for _ in range(1, steps):
-            lens = lens + 1
-            last_B = self.decode(last_B, lens)
-            tokens.append(last_B)
-        self._free += [page for page in self.table_BP.flatten().tolist() if page]
+            tokens.append(self.step(tokens[-1]))
+        self.finish()
         return np.stack([np.asarray(token) for token in tokens], axis=1)
+
+    def start(self, prompts: Sequence[Sequence[int]], steps: int) -> Any:
+        """Prefill; the first tokens [B] of `steps`, for which there are pages then. Raises ValueError where the rope
+        table or the pool is too short for them."""
+        self.lens_B = np.array([len(prompt) for prompt in prompts])
+        longest, positions = int(self.lens_B.max()) + steps, self.weights["cos_sin_XD"].shape[0]
+        if longest > positions:
+            raise ValueError(
+                f"a prompt and {steps} steps make {longest} tokens, model.max_context_len={positions}"
+            )
+        self.table_BP = self._pages(self.lens_B + steps)
+        return self.extend(np.concatenate([np.asarray(prompt) for prompt in prompts]), self.lens_B)
+
+    def step(self, last_B: Any) -> Any:
+        """The tokens [B] after those of the step before."""
+        self.lens_B = self.lens_B + 1
+        return self.decode(last_B, self.lens_B)
+
+    def finish(self) -> None:
+        """The pages are free again."""
+        self._free += [page for page in self.table_BP.flatten().tolist() if page]
 
     def extend(self, tokens_T: np.ndarray, lens_B: np.ndarray) -> Any:
         """Prefill from position 0; the next token of each request, [B]."""
@@ -106,6 +122,10 @@ class JaxDecoder:
 
     def _pages(self, lens_B: np.ndarray) -> np.ndarray:
         counts = -(-lens_B // self.page_size)
+        if counts.sum() > len(self._free):
+            raise ValueError(
+                f"{counts.sum()} pages of {self.page_size} tokens are needed, num_pages leaves {len(self._free)}"
+            )
         table = np.zeros((len(lens_B), counts.max()), dtype=np.int32)
         for row, count in enumerate(counts):
             table[row, :count] = [self._free.pop() for _ in range(count)]

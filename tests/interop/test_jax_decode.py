@@ -94,3 +94,10 @@ def test_another_architecture_is_refused() -> None:
 def test_what_it_does_not_compute_is_refused() -> None:
     with pytest.raises(ValueError, match=r"without model\.embedding_scale, model\.logit_softcap"):
         JaxDecoder(make_model(embedding_scale=8.0, logit_softcap=30.0))
+
+
+def test_what_there_is_no_room_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="make 180 tokens, model.max_context_len=160"):
+        JaxDecoder(make_model()).generate([[1] * 150], 30)
+    with pytest.raises(ValueError, match="4 pages of 16 tokens are needed, num_pages leaves 3"):
+        JaxDecoder(make_model(), num_pages=3).generate([[1] * 40], 20)
