@@ -60,13 +60,17 @@ def cpu_model() -> str:
 
 @cache
 def _git() -> dict[str, Any]:
-    """The commit of this repository and whether tracked files differ from it; None where there is no git.
+    """The commit of this repository and whether tracked files differ from it; None where there is no git. A copy
+    without its history is told by FA_RESEARCH_COMMIT, as `git describe --always --dirty --abbrev=40` prints it.
 
     As it was when this process first asked: code that changes later is not what the process runs.
     """
-    commit = _run("git", "-C", str(_REPOSITORY), "rev-parse", "HEAD")
+    if told := os.environ.get("FA_RESEARCH_COMMIT"):
+        commit = told.removesuffix("-dirty")
+        return {"git_commit": commit, "git_dirty": commit != told}
+    head = _run("git", "-C", str(_REPOSITORY), "rev-parse", "HEAD")
     status = _run("git", "-C", str(_REPOSITORY), "status", "--porcelain", "--untracked-files=no")
-    return {"git_commit": commit, "git_dirty": None if status is None else bool(status)}
+    return {"git_commit": head, "git_dirty": None if status is None or head is None else bool(status)}
 
 
 def _torch() -> dict[str, Any]:

@@ -42,6 +42,18 @@ def test_the_commit_is_the_one_checked_out() -> None:
     assert environment()["git_dirty"] in (True, False)
 
 
+@pytest.mark.parametrize("dirty", [False, True])
+def test_a_copy_without_history_is_told_its_commit(dirty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FA_RESEARCH_COMMIT", "0123abc" + "-dirty" * dirty)
+    git = sys.modules[environment.__module__]._git
+    git.cache_clear()
+    try:
+        facts = environment()
+    finally:
+        git.cache_clear()
+    assert (facts["git_commit"], facts["git_dirty"]) == ("0123abc", dirty)
+
+
 def test_it_works_without_git_gpu_and_torch(tmp_path: Path) -> None:
     code = (
         "import json, sys\n"
