@@ -1,7 +1,7 @@
 """The Llama family of decoders in JAX, on the weights of a torch `Decoder` where they lie, over a paged cache.
 
-Attention is `kernels.jax_paged` (XLA), or any backend of the package through `interop.jax`. One jitted function makes
-an extend pass or a decode step: which it is follows from the shapes.
+Attention is `kernels.jax_paged` (XLA), or any backend of the package through `interop.jax`. An extend pass takes its
+numbers from the host; a decode step takes them from the step before.
 
 Legend: T query tokens, B requests, H query heads, K KV heads, D head dim, E hidden size, L layers, N slots, P pages of
 a request, X positions of the rope table.
@@ -60,13 +60,12 @@ class JaxDecoder:
         # Page 0 is nobody's, as in the package's own pools: padding writes there.
         self._free = list(np.random.default_rng(0).permutation(np.arange(1, num_pages + 1)))
         on = "cpu" if device.platform == "cpu" else "cuda"
-        self._forward = jax.jit(
-            functools.partial(
-                forward, specs=model.attention_specs, eps=config.rms_norm_eps, attention=attention, device=on
-            ),
-            static_argnames=("page_size", "one_token"),
-            donate_argnums=(1, 2),
-        )
+        known = {
+            "specs": model.attention_specs, "eps": config.rms_norm_eps, "attention": attention, "device": on,
+            "page_size": page_size,
+        }  # fmt: skip
+        self._extend = jax.jit(functools.partial(forward, one_token=False, **known), donate_argnums=(1, 2))
+        self._step = jax.jit(functools.partial(step, **known), donate_argnums=(1, 2))
 
     def generate(self, prompts: Sequence[Sequence[int]], steps: int) -> np.ndarray:
         """Greedy tokens [B, steps] after the prompts."""
@@ -86,38 +85,32 @@ class JaxDecoder:
                 f"a prompt and {steps} steps make {longest} tokens, model.max_context_len={positions}"
             )
         self.table_BP = self._pages(self.lens_B + steps)
-        return self.extend(np.concatenate([np.asarray(prompt) for prompt in prompts]), self.lens_B)
+        return self._prefill(np.concatenate([np.asarray(prompt) for prompt in prompts]))
 
     def step(self, last_B: Any) -> Any:
-        """The tokens [B] after those of the step before."""
-        self.lens_B = self.lens_B + 1
-        return self.decode(last_B, self.lens_B)
+        """The tokens [B] after those of the step before. Nothing comes from the host."""
+        next_B, self.lens_B, *self._pools = self._step(
+            self.weights, *self._pools, last_B, self.lens_B, self.table_BP
+        )
+        return next_B
 
     def finish(self) -> None:
         """The pages are free again."""
-        self._free += [page for page in self.table_BP.flatten().tolist() if page]
+        self._free += [page for page in np.asarray(self.table_BP).flatten().tolist() if page]
 
-    def extend(self, tokens_T: np.ndarray, lens_B: np.ndarray) -> Any:
-        """Prefill from position 0; the next token of each request, [B]."""
-        positions = np.concatenate([np.arange(n) for n in lens_B])
-        rows = np.repeat(np.arange(len(lens_B)), lens_B)
-        cu_seqlens = np.concatenate([[0], np.cumsum(lens_B)])
-        return self._pass(tokens_T, rows, positions, lens_B, cu_seqlens, one_token=False)
-
-    def decode(self, last_B: Any, lens_B: np.ndarray) -> Any:
-        """One step, in which request i reaches `lens_B[i]` tokens; the next token of each, [B]."""
-        rows = np.arange(len(lens_B))
-        return self._pass(last_B, rows, lens_B - 1, lens_B, np.arange(len(lens_B) + 1), one_token=True)
-
-    def _pass(
-        self, tokens: Any, rows: Any, positions: Any, lens: Any, cu_seqlens: Any, *, one_token: bool
-    ) -> Any:
-        slots = self.table_BP[rows, positions // self.page_size] * self.page_size + positions % self.page_size
-        numbers = (tokens, positions, slots, self.table_BP, lens, cu_seqlens)
-        arrays = [jnp.asarray(x, dtype=jnp.int32) for x in numbers]
-        next_B, *self._pools = self._forward(
-            self.weights, *self._pools, *arrays, page_size=self.page_size, one_token=one_token
+    def _prefill(self, tokens_T: np.ndarray) -> Any:
+        """From position 0; the next token of each request, [B]."""
+        lens_B, table_BP = self.lens_B, self.table_BP
+        positions_T = np.concatenate([np.arange(n) for n in lens_B])
+        rows_T = np.repeat(np.arange(len(lens_B)), lens_B)
+        slots_T = (
+            table_BP[rows_T, positions_T // self.page_size] * self.page_size + positions_T % self.page_size
         )
+        cu_seqlens_B1 = np.concatenate([[0], np.cumsum(lens_B)])
+        self.lens_B, self.table_BP = (jnp.asarray(x, dtype=jnp.int32) for x in (lens_B, table_BP))
+        numbers = (jnp.asarray(x, dtype=jnp.int32) for x in (tokens_T, positions_T, slots_T))
+        batch = (self.table_BP, self.lens_B, jnp.asarray(cu_seqlens_B1, dtype=jnp.int32))
+        next_B, *self._pools = self._extend(self.weights, *self._pools, *numbers, *batch)
         return next_B
 
     def _pages(self, lens_B: np.ndarray) -> np.ndarray:
@@ -156,6 +149,27 @@ def share_model(model: Decoder) -> dict[str, Any]:
             raise ValueError(f"{model.config.name}: this decoder computes the Llama family, not {name}")
     shared.setdefault("head", shared["embedding"])
     return shared
+
+
+def step(
+    weights: dict[str, Any],
+    k_LNKD: Any,
+    v_LNKD: Any,
+    last_B: Any,
+    lens_B: Any,
+    table_BP: Any,
+    *,
+    page_size: int,
+    **known: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """One decode step: the next tokens [B] after `last_B`, the lengths with them, and the pools."""
+    rows_B = jnp.arange(len(lens_B), dtype=jnp.int32)
+    slots_B = table_BP[rows_B, lens_B // page_size] * page_size + lens_B % page_size
+    batch = (table_BP, lens_B + 1, jnp.arange(len(lens_B) + 1, dtype=jnp.int32))
+    next_B, k_LNKD, v_LNKD = forward(
+        weights, k_LNKD, v_LNKD, last_B, lens_B, slots_B, *batch, page_size=page_size, one_token=True, **known
+    )
+    return next_B, lens_B + 1, k_LNKD, v_LNKD
 
 
 def forward(

@@ -20,15 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.jax_decode.scene import DIM, KV_HEADS, PAGE_SIZE, Scene
 from fa_research import backends
-from fa_research.attention.reference import paged_attention as definition
 from fa_research.backends import BackendSettings
 from fa_research.interop.dlpack import HandleCache, import_jax, to_jax, to_torch
 from fa_research.interop.jax import paged_attention as from_jax
 from fa_research.masks import Causal
-from fa_research.measure.numerics import judge_rows
-from fa_research.metadata import FlashAttentionMetadata
-from fa_research.spec import AttentionSpec
 from fa_research.tracking import Row, RowWriter, Status, environment
 from fa_research.tracking.failures import failed_row
 from fa_research.tracking.records import ROWS_FILE
@@ -37,7 +34,6 @@ jax = import_jax()
 from fa_research.kernels.jax_paged import paged_attention as with_xla  # noqa: E402
 from fa_research.kernels.pallas_decode import Config, paged_decode  # noqa: E402
 
-HEADS, KV_HEADS, DIM, PAGE_SIZE = 32, 8, 128, 16
 CHAIN, LONGER = 16, 64  # calls after one another, the host ahead of the device
 ROUNDS = 9
 CONFIGS = [
@@ -47,58 +43,6 @@ CONFIGS = [
         (64, 4, 4, 1), (64, 4, 3, 2), (64, 2, 3, 1), (32, 4, 4, 1), (32, 2, 4, 2),
     )
 ]  # fmt: skip
-
-
-@dataclass
-class Scene:
-    """One batch: queries, pools of one layer, metadata."""
-
-    q_BHD: Tensor
-    k_NKD: Tensor
-    v_NKD: Tensor
-    metadata: FlashAttentionMetadata
-    spec: AttentionSpec
-
-    @classmethod
-    def make(cls, device: torch.device, dtype: torch.dtype, batch: int, length: int) -> Scene:
-        generator = torch.Generator(device=device).manual_seed(0)
-        pages = -(-length // PAGE_SIZE)
-        slots = (batch * pages + 1) * PAGE_SIZE
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-        metadata = FlashAttentionMetadata.allocate(batch, length, PAGE_SIZE, device)
-        order = torch.randperm(batch * pages, generator=generator, device=device) + 1
-        metadata.page_table_BP.copy_(order.view(batch, pages))
-        metadata.cache_seqlens_int32_B.fill_(length)
-        metadata.cu_seqlens_q_B1.copy_(torch.arange(batch + 1))
-        metadata.cu_seqlens_k_B1.copy_(torch.arange(batch + 1) * length)
-        metadata.max_seq_len_q, metadata.max_seq_len_k = 1, length
-        spec = AttentionSpec(HEADS, KV_HEADS, DIM, DIM, DIM**-0.5)
-        pools = normal(slots, KV_HEADS, DIM), normal(slots, KV_HEADS, DIM)
-        return cls(normal(batch, HEADS, DIM), *pools, metadata, spec)
-
-    @property
-    def bytes_read(self) -> int:
-        return 2 * int(self.metadata.cu_seqlens_k_B1[-1]) * KV_HEADS * DIM * self.q_BHD.element_size()
-
-    def check(self, out_BHD: Tensor, requests: int = 4) -> dict[str, float | bool]:
-        """The first requests against float64, and the bound of `measure.numerics`."""
-        m, n = self.metadata, min(requests, self.q_BHD.shape[0])
-        lens = m.cache_seqlens_int32_B[:n].tolist()
-        pools = (self.k_NKD, self.v_NKD, m.page_table_BP[:n])
-        exact, low = (
-            definition(self.q_BHD[:n], *pools, lens, [1] * n, PAGE_SIZE, self.spec, compute_dtype=dtype)[0]
-            for dtype in (torch.float64, self.q_BHD.dtype)
-        )
-        verdict = judge_rows([(out_BHD[:n].flatten(0, 1), low.flatten(0, 1), exact.flatten(0, 1))])
-        return verdict.checks("out")
-
-    def arrays(self) -> dict[str, Any]:
-        m = self.metadata
-        tensors = {"q": self.q_BHD, "k": self.k_NKD, "v": self.v_NKD, "table": m.page_table_BP}
-        return {name: to_jax(x) for name, x in (tensors | {"lens": m.cache_seqlens_int32_B}).items()}
 
 
 def microseconds(run: Callable[[], object], wait: Callable[[object], object]) -> float:

@@ -10,7 +10,8 @@ from collections import defaultdict
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.jax_decode.measure import CHAIN, Prepared, Scene, in_jax, in_torch, through, variants
+from experiments.jax_decode.measure import CHAIN, Prepared, in_jax, in_torch, through, variants
+from experiments.jax_decode.scene import Scene
 
 DEFAULT = "pallas block_n=64 num_warps=4 num_stages=2 cuts=1"
 
@@ -28,7 +29,10 @@ def report(name: str, prepared: Prepared) -> None:
     times: dict[str, list[float]] = defaultdict(list)
     for event in kernels:
         times[event.name].append(event.time_range.elapsed_us())
-    busy = sum(sum(found) for found in times.values())
+    busy, covered = 0.0, begin  # kernels may overlap
+    for event in sorted(kernels, key=lambda event: event.time_range.start):
+        busy += max(0.0, event.time_range.end - max(event.time_range.start, covered))
+        covered = max(covered, event.time_range.end)
     print(f"{name}: {(end - begin) / CHAIN:.1f} us a call, {(end - begin - busy) / CHAIN:.1f} us idle")
     for kernel, found in sorted(times.items(), key=lambda item: -sum(item[1]))[:10]:
         print(f"    {sum(found) / CHAIN:8.2f} us a call, {len(found):4} times  {kernel[:110]}")

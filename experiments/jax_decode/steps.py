@@ -51,13 +51,15 @@ def in_torch(
         decoder.step()
         tokens.append(decoder.state.input_ids_B[: len(prompts)].clone())
 
+    found = torch.stack(tokens, 1).cpu().numpy()  # waits for all of it
+
     def chain() -> None:
         for _ in range(CHAIN):
             decoder.step()
         if model.embedding.is_cuda:
             torch.cuda.synchronize()
 
-    return [timed(chain) for _ in range(ROUNDS)], torch.stack(tokens, 1).cpu().numpy()
+    return [timed(chain) for _ in range(ROUNDS)], found
 
 
 def in_jax(model: Decoder, prompts: Prompts, attention: str) -> tuple[list[float], np.ndarray]:
@@ -67,7 +69,7 @@ def in_jax(model: Decoder, prompts: Prompts, attention: str) -> tuple[list[float
     tokens = [decoder.start(prompts, STEPS)]
     for _ in range(CHAIN):
         tokens.append(decoder.step(tokens[-1]))
-    last = tokens[-1]
+    last, found = tokens[-1], np.stack([np.asarray(x) for x in tokens], axis=1)
 
     def chain() -> None:
         nonlocal last
@@ -75,7 +77,7 @@ def in_jax(model: Decoder, prompts: Prompts, attention: str) -> tuple[list[float
             last = decoder.step(last)
         jax.block_until_ready(last)
 
-    return [timed(chain) for _ in range(ROUNDS)], np.stack([np.asarray(x) for x in tokens], axis=1)
+    return [timed(chain) for _ in range(ROUNDS)], found
 
 
 def timed(chain: Callable[[], None]) -> float:
