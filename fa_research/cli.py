@@ -25,7 +25,15 @@ from fa_research.config.free_text import escape, quote_free_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import FaResearchError
-from fa_research.sweep import gather, outcome, report_and_mirror, request_stop, stop_requested
+from fa_research.sweep import (
+    end_with_launcher,
+    gather,
+    outcome,
+    report_and_mirror,
+    request_stop,
+    running_a_cell,
+    stop_requested,
+)
 from fa_research.tracking.cell_rows import count_rows, record_failure
 
 if TYPE_CHECKING:
@@ -99,10 +107,12 @@ def run_one(cfg: DictConfig) -> Row | None:
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return _run(cfg, hydra)
+    end_with_launcher()
     sweep_dir = Path(hydra.sweep.dir)
     if stop_requested(sweep_dir):
         return None
-    row = _run(cfg, hydra)
+    with running_a_cell(sweep_dir):
+        row = _run(cfg, hydra)
     if cfg.sweep.fail_fast and exit_code([row], sweep=True):
         request_stop(sweep_dir)
     return row

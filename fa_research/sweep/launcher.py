@@ -17,6 +17,7 @@ from fa_research.config.free_text import quotes
 from fa_research.errors import CellLost, ConfigError
 from fa_research.sweep import exclude
 from fa_research.sweep.cells import Cell, Composer
+from fa_research.sweep.lifeline import announce
 from fa_research.sweep.outcome import begin, request_stop, rows_by_hash, stop_requested
 from fa_research.sweep.view import SweepView, watching
 from fa_research.tracking import Row
@@ -197,6 +198,7 @@ class RowPerCellLauncher(Launcher):
         cell is told its folder."""
         before = [count_rows(self._folder(cell)) for cell in cells]
         _export_path()
+        announce(self.launcher)
         try:
             with watching(cells, self._folder):
                 rows = [row for batch in self._batches(cells) for row in self._launch(batch)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOCK_FILE = ".lock"  # in the sweep's folder, held as long as the sweep runs
+# In the sweep's folder. Shared by the process that launches the sweep and by those that run a cell of it: only a sweep
+# that begins wants it alone, for a moment.
+_LOCK_FILE = ".lock"
+_PATIENCE_S = 2.0  # processes of a sweep that was killed end a moment after it
 _STOP_FILE = ".stopped"  # in the sweep's folder: with sweep.fail_fast, cells that have not begun are not run
 
 
@@ -59,21 +64,44 @@ def begin(sweep_dir: Path) -> Outcome:
 
 def _lock(sweep_dir: Path) -> int | None:
     """The lock of a folder, as a descriptor; None on a file system that has no locks, or no room."""
+    ends = time.monotonic() + _PATIENCE_S
+    while (descriptor := _open_lock(sweep_dir)) is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return descriptor
+        except OSError as error:
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                return None
+        if time.monotonic() > ends:
+            raise ConfigError(
+                f"hydra.sweep.dir={sweep_dir}: another process runs a sweep into it, or cells of one that ended, and "
+                "their rows would mix; wait for its end or give another folder"
+            )
+        time.sleep(0.1)
+    return None
+
+
+def _open_lock(sweep_dir: Path) -> int | None:
     try:
-        descriptor = os.open(sweep_dir / _LOCK_FILE, os.O_CREAT | os.O_WRONLY, 0o666)
+        return os.open(sweep_dir / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o666)
     except OSError:
         return None
+
+
+@contextmanager
+def running_a_cell(sweep_dir: Path) -> Iterator[None]:
+    """Keeps other sweeps from the folder meanwhile, also when the process that launched this one has ended."""
+    descriptor = _open_lock(sweep_dir)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise ConfigError(
-                f"hydra.sweep.dir={sweep_dir}: another process runs a sweep into it, and their rows would mix; wait "
-                "for its end or give another folder"
-            ) from None
-        return None
-    return descriptor
+        if descriptor is not None:
+            with suppress(OSError):  # no locks here
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def request_stop(sweep_dir: Path) -> None:
