@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import hydra
-from omegaconf import DictConfig
+import sys
+from typing import TYPE_CHECKING
 
-from fa_research import cli
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@hydra.main(config_path="configs", config_name="config", version_base="1.3")
-def main(cfg: DictConfig) -> object:
-    return cli.run_one(cfg)
+def run() -> None:
+    import hydra  # here, so that Ctrl-C is no traceback out of an import
+
+    from fa_research import cli
+
+    @hydra.main(config_path="configs", config_name="config", version_base="1.3")
+    def main(cfg: DictConfig) -> object:
+        return cli.run_one(cfg)
+
+    cli.launch(main)
 
 
 if __name__ == "__main__":
-    cli.launch(main)
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

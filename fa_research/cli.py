@@ -25,6 +25,7 @@ from fa_research.config.free_text import escape, quote_free_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import FaResearchError
+from fa_research.streams import complain, drop
 from fa_research.sweep import (
     end_with_launcher,
     gather,
@@ -92,7 +93,7 @@ def launch(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         again = shlex.quote(f"hydra.sweep.dir={_sweep_dir}")
         how = f"; the same command with {again} goes on from the rows made so far" if _sweep_dir else ""
-        print(f"interrupted{how}", file=sys.stderr)
+        complain(f"interrupted{how}")
         raise SystemExit(130) from None
     except BrokenPipeError:  # as in `python run.py --cfg job | head -3`
         _exit_unread()
@@ -178,13 +179,13 @@ def exit_code(rows: Iterable[Row], sweep: bool = False) -> int:
 
 
 def _exit_with(message: str, code: int = USER_ERROR) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    complain(f"error: {' '.join(message.split())}")
     raise SystemExit(code)
 
 
 def _exit_unread() -> NoReturn:
     """Ends the process where nobody reads what it prints any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its exit
+    drop(sys.stdout)
     raise SystemExit(FAILED) from None
 
 

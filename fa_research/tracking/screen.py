@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fa_research.streams import complain, drop, open_closed_streams
 from fa_research.tracking.columns import (
     ASIDE,
     DETAIL,
@@ -37,8 +38,15 @@ _STYLES = {Status.ok: "green", Status.unsupported: "dim", Status.suspect: "yello
 class _Screen(Console):
     """A console whose readers may go, as in `| head`: rows are what counts, so the work goes on without them."""
 
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            lose(error)
+            self.quiet = True
+
     def on_broken_pipe(self) -> None:
-        _drop_output()
+        drop(sys.stdout)
         self.quiet = True
 
 
@@ -46,18 +54,21 @@ class _PipeHandler(logging.StreamHandler[TextIO]):
     """Log lines where there is no terminal, dropped once nobody reads them any more."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
-            _drop_output()
+        if isinstance(error := sys.exc_info()[1], OSError):
+            lose(error)
         else:
             super().handleError(record)
 
 
-def _drop_output() -> None:
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+def lose(error: OSError) -> None:
+    """Go on where stdout takes no more: its reader has gone, or the disk that it is on is full, which is said."""
+    drop(sys.stdout)
+    if not isinstance(error, BrokenPipeError):
+        complain(f"cannot write to stdout: {error.strerror}; going on without")
 
 
 def _console() -> Console:
+    open_closed_streams()
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return _Screen(width=width, highlight=False)
 
@@ -129,7 +140,7 @@ def _print_one(row: Row) -> None:
     table.add_column(style="bold")
     table.add_column()
     table.add_row("status", Text(str(row.status), style=_STYLES.get(row.status, "red")))
-    numbers = row.metrics | ledgers(row.metrics) | flat({"check": row.checks})
+    numbers = row.metrics | ledgers(row.metrics) | (flat({"check": row.checks}) if row.checks else {})
     for name, value in numbers.items():
         if not ASIDE.search(name):
             table.add_row(name, Text(format_value(value)))

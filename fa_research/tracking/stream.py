@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from fa_research.tracking.screen import CONSOLE
+from fa_research.tracking.screen import CONSOLE, lose
 
 # Control characters but newline and tab, what turns the direction of writing, and halves of characters.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -19,7 +19,8 @@ def printable(text: str) -> str:
 
 def stream_text(pieces: Iterable[str]) -> tuple[str, str]:
     """Write a prompt (the first piece, bold on a terminal with colours) and what follows it to the console, each piece
-    at once. Nothing else may be drawn meanwhile. Returns the prompt and the text as they were."""
+    at once. Nothing else may be drawn meanwhile. Returns the prompt and the text as they were. Raises BrokenPipeError
+    who reads it goes: the text is all that they wanted."""
     prompt: str | None = None
     written: list[str] = []
     for piece in pieces:
@@ -37,5 +38,10 @@ def stream_text(pieces: Iterable[str]) -> tuple[str, str]:
 def _write(text: str) -> None:
     file = CONSOLE.file
     encoding = getattr(file, "encoding", None) or "utf-8"
-    file.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    file.flush()
+    try:
+        file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        file.flush()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        lose(error)
