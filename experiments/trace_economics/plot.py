@@ -1,4 +1,6 @@
-"""Draw `pareto.png` from `results/*.jsonl` and print the table: what each page size costs and saves (needs matplotlib).
+"""Draw `pareto.png` from `results/rows_*.jsonl` and print the table: what each page size costs and saves.
+
+Needs matplotlib.
 
 A panel for each trace. Right: more requests fit the same pool; up: more tokens per second; both against page size 1 of
 the same backend."""
@@ -27,7 +29,7 @@ HEAD = (
 def curves_of_traces() -> dict[str, Curves]:
     """The rows that were timed, by trace; the latest of each cell."""
     traces: dict[str, Curves] = {}
-    for file in sorted((HERE / "results").glob("*.jsonl")):
+    for file in sorted((HERE / "results").glob("rows_*.jsonl")):
         for line in file.open(encoding="utf-8"):
             row = json.loads(line)
             if row["status"] not in ("ok", "suspect"):

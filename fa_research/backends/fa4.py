@@ -137,4 +137,4 @@ def load() -> tuple[Any, str | None]:
             return importlib.import_module("flash_attn.cute"), None
     except Exception as error:  # a broken binary raises ImportError, OSError, RuntimeError or worse
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return None, f"flash_attn.cute: {said} (pip install 'fa_research[fa4]')"
+        return None, f'flash_attn.cute: {said} (pip install -e ".[fa4]")'

@@ -66,7 +66,7 @@ def reasons_unavailable(settings: BackendSettings) -> tuple[str, ...]:
     """Everything that this machine lacks."""
     reasons = list(_device_reasons(settings))
     if importlib.util.find_spec("flashinfer") is None:
-        reasons.append("the flashinfer package is not installed (pip install 'fa_research[flashinfer]')")
+        reasons.append('the flashinfer package is not installed (pip install -e ".[flashinfer]")')
     reasons += _compiler_reasons()
     if not reasons:  # importing it without a GPU says nothing useful
         try:

@@ -32,7 +32,7 @@ class TritonBackend(AttentionBackend):
     def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
         reasons = []
         if importlib.util.find_spec("triton") is None:
-            reasons.append("the triton package is not installed (pip install 'fa_research[triton]')")
+            reasons.append('the triton package is not installed (pip install -e ".[triton]")')
         if (
             settings.device.type == "cpu"
             and torch.cuda.is_available()

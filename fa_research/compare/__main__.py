@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fa_research.compare.out import require_free
 from fa_research.errors import ConfigError, FaResearchError
 
 USER_ERROR = 2
+INTERRUPTED = 130
 
 _EPILOG = """\
 examples:
@@ -72,34 +75,53 @@ def _add_how_to_compare(made: argparse.ArgumentParser) -> None:
 
 
 def _percentage(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < 100:
         raise argparse.ArgumentTypeError(f"{text} is not a percentage from 0 to 100")
     return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare, show and write. Returns 0, or 2 for what the user can put right, with one line on stderr."""
+    """Compare, write and show. Returns 0, 130 when interrupted, or 2 for what the user can put right, with one line on
+    stderr and the notes made by then."""
     options = parser().parse_args(argv)
     try:
         _run(options)
     except FaResearchError as error:
         print(f"error: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"note: {note}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # as in `python -m fa_research.compare ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        if error.filename is None:  # files that are opened have names: what is left is the output
+            _drop_output()
+        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
         return USER_ERROR
     return 0
 
 
+def _drop_output() -> None:
+    """So that Python does not try once more to write what it still holds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(options: argparse.Namespace) -> None:
+    if options.out is not None:
+        require_free(options.out)
     if options.closure:
         _run_closure(options)
         return
     from fa_research.compare.comparison import compare
+    from fa_research.compare.report import write_report
     from fa_research.compare.screen import print_comparison
 
     if options.wandb:
@@ -116,13 +138,21 @@ def _run(options: argparse.Namespace) -> None:
         tie=options.tie / 100,
         higher=higher,
     )
-    print_comparison(comparison, regret=options.regret)
-    if options.out is not None:
-        from fa_research.compare.report import write_report
-
-        write_report(comparison, options.out)
+    try:  # files first: they are there though the screen's reader is gone, and the screen though a file fails
+        written = write_report(comparison, options.out) if options.out else []
+    finally:
+        print_comparison(comparison, regret=options.regret)
+    _say(written, options.out)
     if options.wandb:
         print(publish(comparison))
+
+
+def _say(written: Sequence[Path], folder: Path) -> None:
+    from fa_research.tracking import CONSOLE
+
+    if written:
+        names = ", ".join(path.name for path in written)
+        CONSOLE.print(f"wrote {names} to {folder}", soft_wrap=True, markup=False)
 
 
 def _run_closure(options: argparse.Namespace) -> None:
@@ -134,9 +164,11 @@ def _run_closure(options: argparse.Namespace) -> None:
     if given := [name for name, value in unused.items() if value]:
         raise ConfigError(f"{' and '.join(given)} belong to --question; --closure takes --across and --out")
     closure = close(options.paths, across=options.across)
-    print_closure(closure)
-    if options.out is not None:
-        write_closure(closure, options.out)
+    try:
+        written = write_closure(closure, options.out) if options.out else []
+    finally:
+        print_closure(closure)
+    _say(written, options.out)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,16 @@ from fa_research.compare.keys import (
     varying,
     within,
 )
+from fa_research.compare.machines import asked_facts, differing_facts, mixed_notes, refuse_mixed
 from fa_research.compare.reading import TIMED, Record
+from fa_research.compare.step_work import REQUESTS, TOKENS, by_work, step_work, unequal_words
 from fa_research.errors import ConfigError
 from fa_research.tracking import Status
 
 _MOST_PAIRS = 200_000  # looked at to explain an empty comparison
 _RAN = ("cuda_graph_mode", "dtype", "triton_interpreter")  # facts of the environment that decide a time
 _TAKEN = ("timing_method", "timing_l2")
+_MOST_KEYS = 6
 
 
 @dataclass(eq=False)
@@ -65,7 +68,7 @@ class Cell:
 @dataclass
 class Matching:
     """How rows are put together: keys that need not be equal, whether machines and versions need be, and whether a row
-    that has no other beside it makes a cell too."""
+    that has no other beside it makes a cell too (`alone`: for figures, where timed steps may be of different work)."""
 
     question: Question
     metric: str
@@ -78,8 +81,8 @@ class Matching:
     def cells(self, records: Sequence[Record]) -> list[Cell]:
         """Cells with two answers at least (one, with `alone`), in the order of their values.
 
-        Raises ConfigError if there is none, saying why, and where rows of one cell differ in machine or version and
-        `across` is not set.
+        Raises ConfigError if there is none, saying why, and where rows of one cell differ in machine or version,
+        which is not what is asked, and `across` is not set.
         """
         asked = [record for record in records if self.question.label(record) is not None]
         if left := len(records) - len(asked):
@@ -89,20 +92,25 @@ class Matching:
         groups: dict[tuple[Any, ...], list[Record]] = {}
         for record in asked:
             groups.setdefault(self._signature(record), []).append(record)
-        if not self.across and not self.question.is_environment:
-            _refuse_mixed(self.question, list(groups.values()))
-        found = [members for group in groups.values() for members in self._by_machine(group)]
+        refuse_mixed(self.question, list(groups.values()), self._facts)
+        alike = [members for group in groups.values() for members in self._by_machine(group)]
+        parted = [[part] if self.alone else by_work(part, self.metric) for part in alike]
         fewest = 1 if self.alone else 2
-        matched = [m for m in found if len({self.question.label(record) for record in m}) >= fewest]
-        alone = sum(len(m) for m in found) - sum(len(m) for m in matched)
+        kept = [[part for part in parts if len(self._labels(part)) >= fewest] for parts in parted]
+        matched = [part for parts in kept for part in parts]
+        self._note_unequal_work(parted, nothing_left=not matched)
         if not matched:
             raise ConfigError(self._why_empty(asked))
-        if alone:
+        if alone := len(asked) - len({id(record) for part in matched for record in part}):
             self.notes.append(
                 f"{alone} row{'s have' if alone > 1 else ' has'} no other to be compared with: left out"
             )
         self._note_what_ran(matched)
-        return self._build(matched)
+        self.notes += mixed_notes(self.question, matched)
+        return self._build(matched, by_work=any(len(parts) > 1 for parts in kept))
+
+    def _labels(self, records: Sequence[Record]) -> set[str | None]:
+        return {self.question.label(record) for record in records}
 
     def _is_free(self, key: str) -> bool:
         if key not in self._free:
@@ -113,27 +121,43 @@ class Matching:
     def _signature(self, record: Record) -> tuple[Any, ...]:
         return tuple(sorted((k, repr(v)) for k, v in record.config.items() if not self._is_free(k)))
 
+    def _facts(self, record: Record) -> dict[str, str]:
+        """What has to be equal of machine and versions."""
+        is_asked = asked_facts(self.question)
+        return {} if self.across else {k: v for k, v in record.machine.items() if not is_asked(k)}
+
     def _by_machine(self, group: Sequence[Record]) -> Iterator[list[Record]]:
         """The rows of each machine and version. A row without a time says nothing of its machine and goes to all."""
-        if self.across or self.question.is_environment:
-            yield list(group)
-            return
         timed: dict[tuple[Any, ...], list[Record]] = {}
         for record in group:
             if record.row.status in TIMED:
-                timed.setdefault(tuple(record.machine.items()), []).append(record)
+                timed.setdefault(tuple(self._facts(record).items()), []).append(record)
         others = [record for record in group if record.row.status not in TIMED]
         yield from ([*members, *others] for members in timed.values() or [[]])
 
-    def _build(self, matched: Sequence[Sequence[Record]]) -> list[Cell]:
+    def _note_unequal_work(self, parted: Sequence[list[list[Record]]], nothing_left: bool) -> None:
+        """Raises ConfigError if it is why nothing is left to compare."""
+        unequal = [parts for parts in parted if len(parts) > 1 and len(self._labels(sum(parts, []))) > 1]
+        if not unequal:
+            return
+        said = unequal_words([[record for part in parts for record in part] for parts in unequal])
+        if nothing_left:
+            raise ConfigError(f"nothing to compare: steps timed with equal configs are {said}")
+        self.notes.append(
+            f"in {len(unequal)} of {len(parted)} cells the timed steps are {said}. Rows of equal steps are compared"
+        )
+
+    def _build(self, matched: Sequence[Sequence[Record]], by_work: bool) -> list[Cell]:
         everyone = [record for members in matched for record in members]
         keys = [key for key in varying(everyone) if not self._is_free(key)]
         keys = readable(keys, everyone)
-        machine = [] if self.across or self.question.is_environment else _differing_machine(everyone)
+        machine = differing_facts(everyone, self._facts)
         cells, repeated = [], 0
         for members in matched:
             cell = Cell({key: members[0].config.get(key, ABSENT) for key in keys})
             cell.where |= {key: members[0].machine.get(key, ABSENT) for key in machine}
+            if by_work:
+                cell.where |= dict(zip((REQUESTS, TOKENS), step_work(members[0]), strict=True))
             for record in sorted(members, key=lambda record: record.row.finished):
                 label = self.question.label(record)
                 assert label is not None
@@ -180,38 +204,12 @@ class Matching:
             )
         differ = "; ".join(
             f"{k} ({text_of(a.config.get(k, ABSENT))} and {text_of(b.config.get(k, ABSENT))})"
-            for k in keys[:6]
+            for k in keys[:_MOST_KEYS]
         )
-        more = f"; and {len(keys) - 6} more keys" if len(keys) > 6 else ""
+        more = f"; and {len(keys) - _MOST_KEYS} more keys" if len(keys) > _MOST_KEYS else ""
+        ignore = " ".join(f"--ignore {k}" for k in (["KEY"] if more else keys))
         return (
             f"nothing to compare: no two rows differ in {self.question.name} alone. The closest, {a.place} and "
-            f"{b.place}, differ in {differ}{more} too; --ignore {keys[0]} matches rows whatever their value"
+            f"{b.place}, differ in {differ}{more} too; {ignore} matches rows whatever they have, so "
+            "that different work may be compared"
         )
-
-
-def _differing_machine(records: Sequence[Record]) -> list[str]:
-    timed = [record.machine for record in records if record.row.status in TIMED]
-    keys = dict.fromkeys(key for machine in timed for key in machine)
-    return [key for key in keys if len({machine.get(key) for machine in timed}) > 1]
-
-
-def _refuse_mixed(question: Question, groups: Sequence[Sequence[Record]]) -> None:
-    """Raises ConfigError if a cell has its answers only when rows of several machines or versions are put together."""
-    mixed: list[list[Record]] = []
-    for group in groups:
-        timed = [record for record in group if record.row.status in TIMED]
-        answers: dict[tuple[Any, ...], set[str | None]] = {}
-        for record in timed:
-            answers.setdefault(tuple(record.machine.items()), set()).add(question.label(record))
-        if answers and max(map(len, answers.values())) < len(set().union(*answers.values())):
-            mixed.append(timed)
-    if not mixed:
-        return
-    facts = []
-    for key in _differing_machine(mixed[0]):
-        values = sorted({record.machine.get(key, ABSENT) for record in mixed[0]})
-        facts.append(f"{key} ({' and '.join(values)})")
-    raise ConfigError(
-        f"in {len(mixed)} of {len(groups)} cells the rows to compare are of different machines or versions: "
-        f"{', '.join(facts)}; --across compares them all the same"
-    )

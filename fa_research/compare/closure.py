@@ -16,7 +16,8 @@ from typing import Any
 
 from fa_research.compare.kernel_rows import KernelRows, key_of, path_us, rest_bytes
 from fa_research.compare.keys import ABSENT, order_of, readable, text_of, varying
-from fa_research.compare.reading import Record, load
+from fa_research.compare.machines import dirty_files, dirty_words
+from fa_research.compare.reading import Record, load, told_on_failure
 from fa_research.errors import ConfigError
 from fa_research.tracking import Status
 
@@ -91,6 +92,13 @@ def close(paths: Sequence[Path], *, across: bool = False) -> Closure:
     Raises ConfigError where there are no rows of either kind, or none that belong together, saying why.
     """
     records, notes = load(paths)
+    with told_on_failure(notes):
+        cells, fitted = _close(records, across, notes)
+    return Closure(records, cells, fitted, notes)
+
+
+def _close(records: Sequence[Record], across: bool, notes: list[str]) -> tuple[list[Closed], list[Closed]]:
+    """The cells with their predictions, and those that others were fitted to."""
     decoding = [r for r in records if r.row.status is Status.ok and r.config.get("workload.name") == "decode"]
     kernels = [r for r in decoding if _level(r) == "attention" and path_us(r)]
     models = [r for r in decoding if _level(r) == "model" and _has_step(r)]
@@ -112,9 +120,11 @@ def close(paths: Sequence[Path], *, across: bool = False) -> Closure:
         notes.append(f"{len(why)} of {len(models)} rows of a model have no kernel rows: {_shortest(why)}")
     _name(cells)
     fitted = [cell for group in _groups(cells) for cell in _predict(group)]
+    if dirty_files(used := [*kernels, *(cell.record for cell in cells)]):
+        notes.append(dirty_words([used]))
     if not any("bytes" in cell.predicted for cell in cells):
         notes.append("no row has roof_GB_per_s and model_weight_bytes: nothing is predicted from bytes alone")
-    return Closure(records, cells, fitted, notes)
+    return cells, fitted
 
 
 def _with_kernels(models: Sequence[Record], rows: KernelRows) -> tuple[list[Closed], list[str]]:

@@ -12,6 +12,7 @@ from rich.text import Text
 from fa_research.compare.closure import STEP, VARIANTS, Closed, Closure
 from fa_research.compare.closure_ledger import MISSED, missed, missed_line
 from fa_research.compare.keys import short, text_of, title_of
+from fa_research.compare.out import writing_to
 from fa_research.compare.wording import number, percent
 from fa_research.tracking import CONSOLE
 
@@ -83,25 +84,24 @@ def _line(closure: Closure, cell: Closed) -> list[str]:
 
 
 def write_closure(closure: Closure, folder: Path) -> list[Path]:
-    """closure.csv, closure.md and closure.png. Raises OSError, and ConfigError without the extra `report`, when CSV and
-    Markdown are written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [
-        _write_csv(closure, folder / "closure.csv"),
-        _write_markdown(closure, folder / "closure.md", False),
-    ]
-    try:
+    """closure.csv, closure.md and closure.png.
+
+    Raises ConfigError for a folder of results, where nothing can be written, and without the extra `report`; CSV and
+    Markdown are written by then.
+    """
+    markdown, figure = folder / "closure.md", folder / "closure.png"
+    with writing_to(folder) as written:
+        written.append(_write_csv(closure, folder / "closure.csv"))
+        written.append(_write_markdown(closure, markdown, False))
         from fa_research.compare.figures import require_altair
 
         require_altair()
         from fa_research.compare.figures.closure import closure_figure
         from fa_research.compare.figures.images import png
 
-        written.append(folder / "closure.png")
-        written[-1].write_bytes(png(closure_figure(closure)))
-        _write_markdown(closure, written[1], True)
-    finally:
-        CONSOLE.print(f"wrote {', '.join(p.name for p in written if p.exists())} to {folder}", soft_wrap=True)
+        figure.write_bytes(png(closure_figure(closure)))
+        _write_markdown(closure, markdown, True)
+        written.append(figure)
     return written
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from fa_research.compare.cells import Cell, Matching
 from fa_research.compare.estimates import How, choose_metric, higher_is_better
 from fa_research.compare.keys import Question, ask, resolve
-from fa_research.compare.reading import Record, load
+from fa_research.compare.reading import Record, load, told_on_failure
 from fa_research.compare.verdicts import Regret, Verdict, judge, regrets
+from fa_research.errors import ConfigError
 
 TIE = 0.01  # a median's difference below this is a tie, whatever its interval: two runs of one cell differ by as much
 
@@ -90,12 +91,23 @@ def compare(
         higher: whether more is better; None goes by the metric's name.
 
     Raises:
-        ConfigError: nothing to read, unknown names, rows that need `across`, nothing that matches.
+        ConfigError: nothing to read, unknown names, rows that need `across`, nothing that matches, no numbers. Its
+            `__notes__` are the notes made by then.
     """
     records, notes = load(paths)
-    asked = ask(question, records)
-    chosen, others = choose_metric(metric, records)
-    matching = Matching(asked, chosen, tuple(resolve(key, records) for key in ignore), across, notes)
-    cells = matching.cells(records)
+    with told_on_failure(notes):
+        asked = ask(question, records)
+        chosen, others = choose_metric(metric, records)
+        matching = Matching(asked, chosen, tuple(resolve(key, records) for key in ignore), across, notes)
+        cells = matching.cells(records)
+        if not any(cell.measured for cell in cells):
+            raise ConfigError(_no_number(chosen, cells))
     better_high = higher_is_better(chosen) if higher is None else higher
     return Comparison(asked, chosen, better_high, tie, records, cells, notes, others)
+
+
+def _no_number(metric: str, cells: Sequence[Cell]) -> str:
+    entries = [entry for cell in cells for entry in cell.entries.values()]
+    statuses = dict.fromkeys(entry.status for entry in entries)
+    counted = ", ".join(f"{sum(e.status == status for e in entries)} {status}" for status in statuses)
+    return f"none of the {len(entries)} rows that match has a number for {metric}: {counted}"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from statistics import quantiles
 
-from fa_research.compare.keys import did_you_mean
-from fa_research.compare.reading import TIMED, Record
+from fa_research.compare.keys import near
+from fa_research.compare.reading import Record, is_number
 from fa_research.errors import ConfigError
 from fa_research.measure.bootstrap import FEWEST_SAMPLES, Draws, interval, median_draws, normal_draws
+from fa_research.tracking import Status
 
 _HIGHER_IS_BETTER = ("_per_s", "_fraction", "_hit_rate")
 _RATE = "_tokens_per_s"
@@ -87,14 +87,7 @@ def _estimate(record: Record, metric: str) -> Estimate | None:
 
 def _positive(record: Record, metric: str) -> float | None:
     value = record.row.metrics.get(metric)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
-        return None
-    return value
+    return value if is_number(value) and value > 0 else None
 
 
 def ratio(above: Estimate, below: Estimate) -> Ratio:
@@ -112,24 +105,45 @@ def higher_is_better(metric: str) -> bool:
 def choose_metric(wanted: str | None, records: Sequence[Record]) -> tuple[str, list[str]]:
     """The metric to compare, and the others that rows have; the most common time where none is wanted.
 
-    Raises ConfigError where no row has it, or none has any.
+    Only numbers that an `Estimate` can be made of count: of rows that are `ok`, finite and above 0. Raises ConfigError
+    where no row has one.
     """
-    timed = [record for record in records if record.row.status in TIMED]
+    done = [record for record in records if record.row.status is Status.ok]
     count: dict[str, int] = {}
-    for record in timed:
-        for name, value in record.row.metrics.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+    for record in done:
+        for name in record.row.metrics:
+            if _positive(record, name) is not None:
                 count[name] = count.get(name, 0) + 1
     if not count:
         raise ConfigError(f"none of the {len(records)} rows has a number: {_failures(records)}")
     if wanted is not None and wanted not in count:
-        raise ConfigError(
-            f"no row has a metric {wanted}{did_you_mean(wanted, count)}; there are {', '.join(count)}"
-        )
+        raise ConfigError(f"{_why_not(wanted, records, count)}; there are {', '.join(count)}")
     main = [name for name in count if _is_main(name)] or list(count)
-    main.sort(key=lambda name: (-count[name], name not in MAIN, MAIN.index(name) if name in MAIN else 0))
+    main.sort(
+        key=lambda name: (_is_part(name), -count[name], MAIN.index(name) if name in MAIN else len(MAIN))
+    )
+    if wanted is None and _is_part(main[0]):
+        raise ConfigError(
+            f"no row has a whole time above 0, only parts of one; --metric takes one: {', '.join(main)}"
+        )
     chosen = wanted or main[0]
     return chosen, [name for name in main if name != chosen]
+
+
+def _is_part(name: str) -> bool:
+    return "_ledger_" in name
+
+
+def _why_not(wanted: str, records: Sequence[Record], names: Iterable[str]) -> str:
+    """Why this metric cannot be compared."""
+    having = [record for record in records if wanted in record.row.metrics]
+    if not having:
+        return f"no row has a metric {wanted}{near(wanted, names)}"
+    if not (done := [record for record in having if record.row.status is Status.ok]):
+        return f"no row that is ok has a number for {wanted}: {_failures(having)}"
+    values = dict.fromkeys(str(record.row.metrics[wanted])[:20] for record in done)
+    more = ", ..." if len(values) > 4 else ""
+    return f"no row has a number above 0 for {wanted}, which is {', '.join(list(values)[:4])}{more} in {len(done)} rows"
 
 
 def _is_main(name: str) -> bool:

@@ -58,10 +58,16 @@ def ask(text: str, records: Sequence[Record]) -> Question:
     question = question_of(name, records)
     if len(question.labels) < 2:
         others = [key for key in varying(records) if not within(key, name)]
-        raise ConfigError(
-            f"all {len(question.by_record)} rows have {name}={question.labels[0]}, so there is nothing to compare; "
-            f"what varies between them: {', '.join(others[:12]) or 'nothing'}"
+        count = len(question.by_record)
+        having = (
+            f"all {count} rows have"
+            if count > 1
+            else "the only row with it has"
+            if len(records) > 1
+            else "the only row has"
         )
+        rest = f"; what varies between them: {', '.join(others[:12]) or 'nothing'}" * (len(records) > 1)
+        raise ConfigError(f"{having} {name}={question.labels[0]}, so there is nothing to compare{rest}")
     return question
 
 
@@ -97,16 +103,20 @@ def resolve(text: str, records: Sequence[Record]) -> str:
 
 def did_you_mean(text: str, names: Iterable[str]) -> str:
     """Names close to `text`, or to the last part of which it is close, else the names themselves."""
+    names = list(names)
+    tops = [name for name in names if "." not in name]
+    return near(text, names) or (f"; there are {', '.join(tops[:12])}" if tops else "")
+
+
+def near(text: str, names: Iterable[str]) -> str:
+    """Names close to `text`, or to the last part of which it is close; nothing where there is none."""
     by_short: dict[str, list[str]] = {}
     for name in names:
         by_short.setdefault(name, []).append(name)
         by_short.setdefault(name.rpartition(".")[2], []).append(name)
     close = difflib.get_close_matches(text, list(by_short), n=3, cutoff=0.6)
-    found = list(dict.fromkeys(name.removesuffix(".name") for near in close for name in by_short[near]))[:4]
-    if found:
-        return f"; did you mean {' or '.join(found)}?"
-    tops = [name for name in by_short if "." not in name and name in by_short[name]]
-    return f"; there are {', '.join(tops[:12])}" if tops else ""
+    meant = list(dict.fromkeys(name.removesuffix(".name") for found in close for name in by_short[found]))[:4]
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def varying(records: Sequence[Record]) -> list[str]:

@@ -153,8 +153,6 @@ def _compare(
             continue
         if not any(cell.measured for cell in cells):
             return None
-        if across:
-            said.append(f"{question.title}: rows of different machines or versions are compared")
         notes += said
         return Comparison(question, metric, higher_is_better(metric), TIE, records, cells, said)
     return None

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeGuard
 
+from fa_research.compare.row_files import read_series, row_files
 from fa_research.config import WORKLOADS, Config, config_hash, to_plain
-from fa_research.errors import ConfigError
-from fa_research.tracking import Row, Status
+from fa_research.errors import ConfigError, FaResearchError
+from fa_research.tracking import ROWS_FILE, Row, Status
 from fa_research.tracking.columns import flat
 from fa_research.tracking.records import numbered_rows
 from fa_research.tracking.wandb_mirror import SERIES_FILE
@@ -22,6 +23,7 @@ TIMED = frozenset({Status.ok, Status.suspect, Status.inaccurate})
 _MACHINE = ("gpu", "gpu_driver", "cuda", "python", "git_commit")
 _CPU = ("cpu", "cpu_threads")  # they count where there is no GPU
 _NOT_TIMED = frozenset({"wandb", "hydra-core", "transformers"})  # packages that no timed call runs through
+_SWEEP_FILES = (ROWS_FILE, "multirun.yaml")
 
 
 @dataclass(eq=False)
@@ -49,6 +51,12 @@ class Record:
     @cached_property
     def hash(self) -> str:
         return self.row.config_hash or (config_hash(self.row.config) if self.row.config else "")
+
+    @cached_property
+    def source(self) -> Path:
+        """What one version of the code wrote: the folder of the row's sweep, else its file."""
+        above = self.path.parent.parent
+        return above if any((above / name).exists() for name in _SWEEP_FILES) else self.path
 
     @cached_property
     def machine(self) -> dict[str, str]:
@@ -85,25 +93,25 @@ class Record:
 
 def _is_median(values: list[Any], value: Any) -> bool:
     """Whether these samples are those of this row; samples may have been rounded."""
-    if not isinstance(value, int | float) or not all(isinstance(v, int | float) for v in values):
+    if not is_number(value) or not all(map(is_number, values)):
         return False
     return abs(median(values) - value) <= 1e-3 * abs(value)
 
 
-def read_series(path: Path) -> list[tuple[str, list[Any]]]:
-    """Names and values of series.jsonl; [] where there is none. Torn lines are left out."""
-    found = []
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether this is a finite number that a float can hold, which an integer in JSON need not be."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+@contextmanager
+def told_on_failure(notes: Sequence[str]) -> Iterator[None]:
+    """An error that ends the work takes the notes made so far with it (`__notes__`): one of them may be its cause."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            data = json.loads(line)
-            found.append((str(data["name"]), list(data["values"])))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+        yield
+    except FaResearchError as error:
+        for note in notes:
+            error.add_note(note)
+        raise
 
 
 def load(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
@@ -115,39 +123,32 @@ def load(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
     records: list[Record] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for path in _row_files(paths):
-            found = [Record(row, path, line) for line, row in numbered_rows(path)]
-            records += [record for record in found if _is_whole(record, notes)]
+        for path in row_files(paths):
+            records += [Record(row, path, line) for line, row in numbered_rows(path)]
     notes += [str(warning.message) for warning in caught]
-    if not records:
-        raise ConfigError(f"no rows in {', '.join(map(str, paths))}: the files are empty or torn")
+    with told_on_failure(notes):
+        if not records:
+            raise ConfigError(f"no rows in {', '.join(map(str, paths))}: the files are empty or torn")
     for record in records:
+        _drop_what_is_wrong(record, notes)
         _fill_in(record)
     notes += _version_notes(records)
     return _latest(_without_copies(records), notes), notes
 
 
-def _is_whole(record: Record, notes: list[str]) -> bool:
-    """Whether the parts of a row are what they have to be; what another program wrote need not be."""
-    parts = {"config": dict, "environment": dict, "checks": dict, "reasons": list, "notes": list}
-    if wrong := [name for name, kind in parts.items() if not isinstance(getattr(record.row, name), kind)]:
-        notes.append(f"{record.place} is not a row and was skipped ({' and '.join(wrong)} cannot be read)")
-    return not wrong
-
-
-def _row_files(paths: Sequence[Path]) -> list[Path]:
-    """Files as given; of folders every rows*.jsonl below them."""
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if not path.exists():
-            raise ConfigError(
-                f"{path} does not exist: give folders of results, or files as outputs/.../rows.jsonl"
+def _drop_what_is_wrong(record: Record, notes: list[str]) -> None:
+    """Of a row that another program wrote: samples that are no numbers, packages without versions."""
+    row = record.row
+    for name, values in list(row.samples.items()):
+        if not isinstance(values, list) or not all(map(is_number, values)):
+            notes.append(
+                f"{record.place}: the samples of {name} are no list of finite numbers and were dropped"
             )
-        files = [path] if path.is_file() else sorted(path.rglob("rows*.jsonl"))
-        if not files:
-            raise ConfigError(f"no rows.jsonl in {path} or below it")
-        found |= {file.resolve(): file for file in files}
-    return list(found.values())
+            del row.samples[name]
+    if not isinstance(row.environment.get("packages") or {}, dict):
+        notes.append(f"{record.place}: environment.packages is no object and was dropped")
+        del row.environment["packages"]
+    row.reasons, row.notes = list(map(str, row.reasons)), list(map(str, row.notes))
 
 
 @cache

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.files import write_csv, write_markdown
-from fa_research.tracking import CONSOLE
+from fa_research.compare.out import writing_to
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """CSV, Markdown, PNGs and report.html into `folder`, which is made where it is missing.
 
-    Raises OSError, and ConfigError where the extra `report` is not installed; CSV and Markdown are written by then.
+    Raises ConfigError for a folder of results, where nothing can be written, and where the extra `report` is not
+    installed; CSV and Markdown are written by then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [*write_csv(comparison, folder), write_markdown(comparison, folder)]
-    try:
-        written += _write_figures(comparison, folder)
-    finally:
-        CONSOLE.print(f"wrote {', '.join(path.name for path in written)} to {folder}", soft_wrap=True)
+    with writing_to(folder) as written:
+        written += [*write_csv(comparison, folder), write_markdown(comparison, folder)]
+        written.extend(_write_figures(comparison, folder))
     return written
 
 
-def _write_figures(comparison: Comparison, folder: Path) -> list[Path]:
+def _write_figures(comparison: Comparison, folder: Path) -> Iterator[Path]:
     from fa_research.compare.figures import draw
     from fa_research.compare.figures.images import png, svg
     from fa_research.compare.page import page
 
     figures = draw(comparison)
-    written, drawn = [], []
+    drawn = []
     for figure in figures:
         path = folder / f"{figure.name}.png"
         path.write_bytes(png(figure))
         drawn.append((svg(figure), figure.caption))
-        written.append(path)
+        yield path
     write_markdown(comparison, folder, [(figure.title, f"{figure.name}.png") for figure in figures])
     report = folder / "report.html"
     report.write_text(page(comparison, drawn), encoding="utf-8")
-    return [*written, report]
+    yield report

@@ -61,7 +61,7 @@ def require_wandb() -> None:
     try:
         import wandb_workspaces.reports.v2  # noqa: F401
     except ImportError:
-        missing.append("the package wandb-workspaces: pip install 'fa_research[wandb-report]'")
+        missing.append('the package wandb-workspaces: pip install -e ".[wandb-report]"')
     if missing:
         raise ConfigError(f"--wandb needs {', and '.join(missing)}")
 

@@ -148,7 +148,7 @@ def _media(files: Sequence[Path]) -> dict[str, Any]:
         shown["report"] = wandb.Html(page, inject=False)
     figures = [path for path in files if path.suffix == ".png"]
     if figures and importlib.util.find_spec("PIL") is None:
-        log.warning("W&B gets no figures without Pillow: pip install 'fa_research[report]'")
+        log.warning('W&B gets no figures without Pillow: pip install -e ".[report]"')
         return shown
     return shown | {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
 

@@ -173,7 +173,7 @@ def find_gpu(device: torch.device) -> Gpu | str:
     try:
         import pynvml
     except ImportError:
-        return "nvidia-ml-py is not installed (pip install 'fa_research[nvml]')"
+        return 'nvidia-ml-py is not installed (pip install -e ".[nvml]")'
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:

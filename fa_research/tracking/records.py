@@ -73,18 +73,33 @@ class Row:
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """The row of one line; metrics that were not finite are floats again. Keys unknown here are dropped."""
+        """The row of one line; metrics that were not finite are floats again. Keys unknown here are dropped.
+
+        Raises ValueError that says what is wrong with a line that is no row.
+        """
         data = json.loads(line)
-        names = {f.name for f in dataclasses.fields(cls)}
-        known = {key: value for key, value in data.items() if key in names}
-        known["status"] = Status(known["status"])
-        known["metrics"] = {key: _number(value) for key, value in known.get("metrics", {}).items()}
-        samples = known.get("samples", {}).items()
-        known["samples"] = {key: [_number(value) for value in values] for key, values in samples}
-        return cls(**known)
+        if not isinstance(data, dict):
+            raise ValueError("it is no JSON object")
+        known = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
+        if (status := known.pop("status", None)) not in [status.value for status in Status]:
+            raise ValueError(f"its status is {json.dumps(status)}, not one of {', '.join(map(str, Status))}")
+        empty = cls(Status(status))
+        for name, value in known.items():
+            if type(value) is not (kind := type(getattr(empty, name))):
+                raise ValueError(f"its {name} is {json.dumps(value)[:40]}, not {_IN_JSON[kind]}")
+        row = dataclasses.replace(empty, **known)
+        row.metrics = {key: _number(value) for key, value in row.metrics.items()}
+        row.samples = {key: _number(value) for key, value in row.samples.items()}
+        return row
+
+
+_IN_JSON: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
 
 
 def _number(value: Any) -> Any:
+    """Numbers as `to_json` writes them, also in a list; everything else as it is."""
+    if isinstance(value, list):
+        return [_number(item) for item in value]
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
@@ -169,6 +184,9 @@ def numbered_rows(path: Path) -> list[tuple[int, Row]]:
             continue
         try:
             rows.append((number, Row.from_json(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except json.JSONDecodeError as error:
+            said = f"no JSON, as where a run was killed: {error.msg}, column {error.colno} of {len(line)}"
+            warnings.warn(f"{path}:{number} is not a row and was skipped ({said})", stacklevel=2)
+        except ValueError as error:
             warnings.warn(f"{path}:{number} is not a row and was skipped ({error})", stacklevel=2)
     return rows

@@ -55,7 +55,7 @@ def test_a_package_that_is_missing_is_named_with_the_way_to_get_it(monkeypatch: 
     monkeypatch.setattr(fa4.importlib, "import_module", lambda name: __import__("no_such_package"))
     module, reason = fa4.load.__wrapped__()
     assert module is None
-    assert reason == "flash_attn.cute: No module named 'no_such_package' (pip install 'fa_research[fa4]')"
+    assert reason == "flash_attn.cute: No module named 'no_such_package' (pip install -e \".[fa4]\")"
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_everything_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     said = FlashInferBackend.unavailable(asked())
-    wanted = ("there is no CUDA device here", "pip install 'fa_research[flashinfer]'", "no nvcc", "ninja")
+    wanted = ("there is no CUDA device here", 'pip install -e ".[flashinfer]"', "no nvcc", "ninja")
     assert len(said) == len(wanted)
     assert all(word in reason for word, reason in zip(wanted, said, strict=True))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,8 +90,80 @@ def test_a_reader_that_is_gone_is_no_error(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("more", [["-q", "backend"], ["--closure"]])
+def test_a_folder_of_results_is_never_written_to(
+    tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = sweep(tmp_path, TIMES)
+    (folder / "report.html").write_text("the sweep's own")
+    for own in (folder, folder / "0"):
+        code, text = run(folder, *more, "--out", own)
+        assert (code, text) == (2, "")
+        assert f"error: --out {own} holds results (rows.jsonl)" in capsys.readouterr().err
+    assert (folder / "report.html").read_text() == "the sweep's own"
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "2", "3", "report.html", "rows.jsonl"]
+
+
+def test_a_file_is_no_folder_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").touch()
+    assert run(sweep(tmp_path / "in", TIMES), "-q", "backend", "--out", tmp_path / "README.md") == (2, "")
+    assert capsys.readouterr().err == f"error: --out {tmp_path}/README.md is a file: give a folder\n"
+
+
+def test_files_are_there_though_the_screen_cannot_be_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fa_research.compare", sweep(tmp_path / "in", TIMES), "-q", "backend"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, "--out", tmp_path / "out"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output: No space left on device\n")
+    assert (tmp_path / "out" / "report.md").exists()
+
+
+def test_notes_follow_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sweep(tmp_path, TIMES)
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write('{"status": "ok", "conf')
+    assert run(folder, "-q", "bakend")[0] == 2
+    error, note = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: no row has a key bakend")
+    assert note.startswith(f"note: {folder}/rows.jsonl:5 is not a row and was skipped")
+
+
+@pytest.mark.parametrize("given", ["abc", "nan", "-1", "100"])
+def test_a_tie_that_is_no_percentage_is_said_so(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["somewhere", "-q", "backend", f"--tie={given}"])
+    assert f"argument --tie: {given} is not a percentage from 0 to 100" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_with_a_word(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")  # reading waits for a writer that never comes
+    command = [sys.executable, "-m", "fa_research.compare", tmp_path, "-q", "backend"]
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+    )
+    writer = None
+    while writer is None and child.poll() is None:
+        try:
+            writer = os.open(tmp_path / "rows.jsonl", os.O_WRONLY | os.O_NONBLOCK)  # works once it is read
+        except OSError:
+            time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert writer is not None
+    os.close(writer)
+    assert (child.returncode, out, err) == (130, "", "interrupted\n")
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     code, _ = run(sweep(tmp_path / "in", TIMES), "-q", "backend", "--out", tmp_path / "file" / "out")
     assert code == 2
-    assert f"{tmp_path}/file/out: Not a directory" in capsys.readouterr().err
+    assert f"--out {tmp_path}/file/out: Not a directory" in capsys.readouterr().err

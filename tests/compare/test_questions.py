@@ -66,7 +66,56 @@ def test_names_that_will_not_do(tmp_path: Path, question: str, said: str) -> Non
         compare([sweep(tmp_path, TWO)], question)
 
 
-def test_an_unknown_metric_names_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_metric_names_those_there_are_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compare([sweep(tmp_path, TWO)], "backend", metric="foo")
+    assert str(caught.value).count("decode_step_tokens_per_s") == 1
+
+
+def zeros(folder: Path, **metrics: Any) -> Path:
+    rows = [row_of(config_of(name), noisy(1.0), **metrics) for name in ("fa3", "triton")]
+    return write_rows(folder / ROWS_FILE, *rows)
+
+
+def test_a_metric_without_a_number_above_0_is_refused_and_not_offered(tmp_path: Path) -> None:
+    file = zeros(tmp_path, idle_us=0.0, lost_us=float("nan"))
+    assert compare([file], "backend").other_metrics == []
+    for name, value in (("idle_us", "0.0"), ("lost_us", "nan")):
+        with pytest.raises(
+            ConfigError, match=rf"no row has a number above 0 for {name}, which is {value} in 2 rows; "
+        ):
+            compare([file], "backend", metric=name)
+
+
+def test_no_part_of_a_step_stands_in_for_it(tmp_path: Path) -> None:
+    file = zeros(tmp_path, decode_step_us=0.0, decode_step_ledger_gap_us=1.0)
+    with pytest.raises(
+        ConfigError, match=r"no row has a whole time above 0.*--metric .*decode_step_ledger_gap_us"
+    ):
+        compare([file], "backend")
+    assert compare([file], "backend", metric="decode_step_ledger_gap_us").labels == ["fa3", "triton"]
+
+
+def test_cells_without_any_number_are_refused(tmp_path: Path) -> None:
+    rows = [row_of(config_of(name), decode_step_us=0.0) for name in ("fa3", "triton")]
+    with pytest.raises(
+        ConfigError, match=r"none of the 2 rows that match has a number for decode_step_us: 2 no number"
+    ):
+        compared(tmp_path, *rows, row_of(config_of("fa3", context=7), noisy(1.0)))
+
+
+def test_a_failure_takes_what_was_noted_with_it(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / ROWS_FILE, *(row_of(config_of(page=p), noisy(1.0)) for p in (1, 16)))
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(
+        ConfigError, match=r"^the only row has kv\.page_size=1, so there is nothing to compare"
+    ) as caught:
+        compare([path], "page_size")
+    (note,) = caught.value.__notes__
+    assert f"{path}:2 is not a row and was skipped" in note
+
+
+def test_an_unknown_metric_names_what_is_close(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"did you mean decode_step_us.*there are .*decode_step_tokens_per_s"
     ):
@@ -80,10 +129,14 @@ def test_an_empty_comparison_names_what_keeps_the_closest_rows_apart(tmp_path: P
         row_of(config_of("torch", context=2048, page=16), noisy(1.0)),
     ]
     said = (
-        r"rows\.jsonl:1 and .*rows\.jsonl:3, differ in workload\.context_len \(1024 and 2048\) too; --ignore"
+        r"rows\.jsonl:1 and .*rows\.jsonl:3, differ in workload\.context_len \(1024 and 2048\) too; --ignore "
+        r"workload\.context_len .*different work may be compared$"
     )
     with pytest.raises(ConfigError, match=said):
         compared(tmp_path, *rows)
+    both = r"; --ignore kv\.page_size --ignore workload\.batch_size --ignore workload\.context_len matches"
+    with pytest.raises(ConfigError, match=both):
+        compared(tmp_path / "two", *rows[:2])
     found = compare([tmp_path], "backend", ignore=["context_len"])
     assert [set(cell.entries) for cell in found.cells] == [{"fa3", "torch"}]
     assert any("1 row has no other" in note for note in found.notes)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fa_research.compare import compare
+from fa_research.compare.estimates import How
 from fa_research.compare.reading import load
 from fa_research.errors import ConfigError
 from fa_research.tracking import ROWS_FILE, Row, Status
@@ -139,14 +141,75 @@ def test_nothing_to_read_is_said(tmp_path: Path) -> None:
         load([tmp_path])
 
 
-@pytest.mark.parametrize("part", ["config", "environment", "checks", "reasons", "metrics"])
-def test_a_row_that_another_program_wrote_wrongly_is_named(tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize(
+    "part", ["config", "environment", "checks", "reasons", "metrics", "samples", "finished"]
+)
+def test_a_row_that_another_program_wrote_wrongly_is_named_with_what_is_wrong(
+    tmp_path: Path, part: str
+) -> None:
     path = write_rows(tmp_path / ROWS_FILE, row_of(config_of("fa3"), noisy(1.0)), row_of(config_of("triton")))
     first, second = path.read_text().splitlines()
     path.write_text(f"{first}\n{json.dumps(json.loads(second) | {part: None})}\n")
     records, notes = load([tmp_path])
     assert [record.config["backend.name"] for record in records] == ["fa3"]
-    assert any(f"{path}:2 is not a row" in note for note in notes)
+    assert any(f"{path}:2 is not a row and was skipped (its {part} is null, not " in note for note in notes)
+
+
+@pytest.mark.parametrize("samples", [[1, None, "x"], None, "abc", {"a": 1}, [1.0, "nan"], [10**400], [True]])
+def test_samples_that_are_no_numbers_are_dropped_and_named(tmp_path: Path, samples: object) -> None:
+    rows = [row_of(config_of(name), noisy(1.0)) for name in ("fa3", "triton")]
+    for row in rows:
+        row.samples = {METRIC: noisy(1.0)}
+    path = write_rows(tmp_path / ROWS_FILE, *rows)
+    first, second = map(json.loads, path.read_text().splitlines())
+    second["samples"][METRIC] = samples
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    found = compare([tmp_path], "backend")
+    assert [number.how for number in found.cells[0].measured.values()] == [How.bootstrap, How.rough]
+    (note,) = found.notes
+    assert f"{path}:2: the samples of {METRIC}" in note
+
+
+def test_numbers_no_float_can_hold_and_odd_packages_end_nothing(tmp_path: Path) -> None:
+    rows = [
+        row_of(
+            config_of(name),
+            noisy(1.0),
+            huge_us=10**400,
+            flag=True,
+            nested={"a": 1},
+            environment={"packages": [1]},
+        )
+        for name in ("fa3", "triton")
+    ]
+    rows[0].reasons = [1, None]  # type: ignore[list-item]
+    found = compare([write_rows(tmp_path / ROWS_FILE, *rows)], "backend")
+    assert "huge_us" not in found.other_metrics
+    assert sum("environment.packages is no object" in note for note in found.notes) == 2
+
+
+def test_files_under_other_names_are_named(tmp_path: Path) -> None:
+    (tmp_path / "calls.jsonl").write_text("{}\n")
+    write_series(tmp_path, [1.0])
+    with pytest.raises(
+        ConfigError, match=rf"no rows\.jsonl in .*give them by name: {tmp_path}/calls\.jsonl$"
+    ):
+        load([tmp_path])
+
+
+def test_what_is_wrong_with_a_line_is_said_in_words(tmp_path: Path) -> None:
+    lines = ['{"metrics": {}}', '{"status": 3}', "null", '{"status": "ok", "conf']
+    (tmp_path / ROWS_FILE).write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="no rows in") as caught:
+        load([tmp_path])
+    said = [note.partition("skipped ")[2] for note in caught.value.__notes__]
+    known = "not one of ok, unsupported, oom, inaccurate, suspect, error"
+    assert said[:3] == [
+        f"(its status is null, {known})",
+        f"(its status is 3, {known})",
+        "(it is no JSON object)",
+    ]
+    assert said[3].startswith("(no JSON, as where a run was killed: ")
 
 
 def test_a_row_of_a_status_that_is_unknown_here_is_named(tmp_path: Path) -> None:

@@ -275,5 +275,5 @@ def test_without_the_extra_tables_are_written_and_the_extra_is_named(tmp_path: P
     command = [sys.executable, "-c", WITHOUT, str(folder), "-q", "backend", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "pip install 'fa_research[report]'" in done.stderr
+    assert 'pip install -e ".[report]"' in done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.md", "cells.csv", "regret.csv"}

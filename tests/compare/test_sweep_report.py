@@ -277,7 +277,7 @@ def test_without_the_extra_the_page_has_no_figures_and_the_extra_is_named(tmp_pa
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     note, names = done.stdout.splitlines()
-    assert "pip install 'fa_research[report]'" in note
+    assert 'pip install -e ".[report]"' in note
     assert names == "['report.html']"
     assert "Every row" in (tmp_path / "report.html").read_text()
 

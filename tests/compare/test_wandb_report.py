@@ -42,7 +42,7 @@ def test_without_login_and_extra_one_line_names_both(
     with CONSOLE.capture():
         assert main([str(cells(tmp_path, RUN)), "-q", "backend", "--wandb"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "`wandb login`" in line and "pip install 'fa_research[wandb-report]'" in line
+    assert "`wandb login`" in line and 'pip install -e ".[wandb-report]"' in line
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with CONSOLE.capture():
         assert main([str(tmp_path), "-q", "backend", "--wandb"]) == 2

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from fa_research.compare.reading import Record
+from fa_research.compare.step_work import step_work
 from fa_research.config import KVConfig, Level, TraceWorkload
 from fa_research.engine.engine import Engine
 from fa_research.errors import ConfigError
 from fa_research.measure.cell import check, measure
 from fa_research.measure.timing import Timer
+from fa_research.tracking import Row, Status
 from fa_research.workloads.trace import TraceReplay
 from fa_research.workloads.traces import BLOCK_SIZE
 from tests.workloads.cells import LEVELS, cell, model_config, prepared
@@ -213,6 +216,14 @@ def test_a_request_that_never_fits_is_counted(tmp_path: Path) -> None:
     assert any("2 requests are longer than the whole pool" in note for note in workload.engine.notes)
     with pytest.raises(ConfigError, match=r"pool_tokens=256: none of the 1 requests fits"):
         replayed(azure(tmp_path, [(400, 20)]), pool_tokens=256)
+
+
+def test_the_work_of_the_timed_step_can_be_told_from_its_row(tmp_path: Path) -> None:
+    workload = replayed(azure(tmp_path, [(60, 4), (31, 9), (17, 5), (44, 3)]), concurrency=3)
+    step = {"decode_step_us": 123.4}
+    row = Row(Status.ok, metrics=step | workload.columns(step))
+    work = step_work(Record(row, tmp_path, 1))
+    assert work == (len(workload.requests), sum(request.seq_len for request in workload.requests))
 
 
 def test_a_pool_without_room_for_the_timed_steps_drops_requests(tmp_path: Path) -> None:

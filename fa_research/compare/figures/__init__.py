@@ -23,7 +23,7 @@ def require_altair() -> None:
         import vl_convert  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"figures need {error.name}, which is not installed: pip install 'fa_research[report]'"
+            f'figures need {error.name}, which is not installed: pip install -e ".[report]"'
         ) from None
 
 
