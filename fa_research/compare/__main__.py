@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fa_research.compare.out import require_free
 from fa_research.errors import ConfigError, FaResearchError
+from fa_research.streams import complain
 
+SCREEN_LOST = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -85,44 +85,38 @@ def _percentage(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare, write and show. Returns 0, 130 when interrupted, or 2 for what the user can put right, with one line on
-    stderr and the notes made by then."""
+    """Compare, write and show. Returns 0, 1 if the screen took not all of it, 130 if interrupted, and 2 for what the
+    user can put right, with a line on stderr and the notes made by then."""
     options = parser().parse_args(argv)
     try:
-        _run(options)
+        return _run(options)
     except FaResearchError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         for note in getattr(error, "__notes__", ()):
-            print(f"note: {note}", file=sys.stderr)
+            complain(f"note: {note}")
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # as in `python -m fa_research.compare ... | head`
-        _drop_output()
-        return 1
     except OSError as error:
-        if error.filename is None:  # files that are opened have names: what is left is the output
-            _drop_output()
-        print(f"error: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        complain(f"error: {error.filename}: {error.strerror or error}")
         return USER_ERROR
-    return 0
 
 
-def _drop_output() -> None:
-    """So that Python does not try once more to write what it still holds."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _run(options: argparse.Namespace) -> int:
+    from fa_research.tracking import CONSOLE
 
-
-def _run(options: argparse.Namespace) -> None:
     if options.out is not None:
         require_free(options.out)
-    if options.closure:
-        _run_closure(options)
-        return
+    (_run_closure if options.closure else _run_question)(options)
+    return SCREEN_LOST if CONSOLE.quiet else 0
+
+
+def _run_question(options: argparse.Namespace) -> None:
     from fa_research.compare.comparison import compare
     from fa_research.compare.report import write_report
     from fa_research.compare.screen import print_comparison
+    from fa_research.tracking import CONSOLE
 
     if options.wandb:
         from fa_research.compare.wandb_report import publish, require_wandb
@@ -144,7 +138,7 @@ def _run(options: argparse.Namespace) -> None:
         print_comparison(comparison, regret=options.regret)
     _say(written, options.out)
     if options.wandb:
-        print(publish(comparison))
+        CONSOLE.print(publish(comparison), soft_wrap=True, markup=False)
 
 
 def _say(written: Sequence[Path], folder: Path) -> None:
