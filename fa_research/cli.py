@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -21,13 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 from fa_research.config import Config, read_config, to_plain, validate
 from fa_research.config.against import read_against
 from fa_research.config.explain import explain
-from fa_research.config.free_text import escape, quote_free_text
+from fa_research.config.free_text import escape, for_shell, options_first, quote_free_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import FaResearchError
 from fa_research.streams import complain, drop
 from fa_research.sweep import (
-    end_with_launcher,
     gather,
     outcome,
     report_and_mirror,
@@ -81,7 +79,7 @@ def launch(main: Callable[[], Any]) -> None:
     # torch's threads sleep while they wait for one another: beside other programs, spinning costs many times the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     register()
-    sys.argv[1:] = quote_free_text(sys.argv[1:])
+    sys.argv[1:] = quote_free_text(options_first(sys.argv[1:]))
     _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; otherwise it prints its own text and exits
     try:
@@ -91,9 +89,7 @@ def launch(main: Callable[[], Any]) -> None:
             raise
         _exit_with(str(error) if isinstance(error, FaResearchError) else explain(error))
     except KeyboardInterrupt:
-        again = shlex.quote(f"hydra.sweep.dir={_sweep_dir}")
-        how = f"; the same command with {again} goes on from the rows made so far" if _sweep_dir else ""
-        complain(f"interrupted{how}")
+        complain(f"interrupted; {_how_to_go_on(_sweep_dir)}" if _sweep_dir else "interrupted")
         raise SystemExit(130) from None
     except BrokenPipeError:  # as in `python run.py --cfg job | head -3`
         _exit_unread()
@@ -108,7 +104,6 @@ def run_one(cfg: DictConfig) -> Row | None:
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return _run(cfg, hydra)
-    end_with_launcher()
     sweep_dir = Path(hydra.sweep.dir)
     if stop_requested(sweep_dir):
         return None
@@ -212,7 +207,9 @@ class RunCallback(Callback):
             jobs = ", ".join(f"#{job}" for job in sorted(known.unwritten))
             CONSOLE.print(f"not on disk, which did not take them: {jobs}", style="red", soft_wrap=True)
         if known.not_run:
-            CONSOLE.print(_how_to_go_on(len(known.not_run), sweep_dir), soft_wrap=True)
+            stopped = "stopped at the first cell that failed (sweep.fail_fast=true)"
+            rest = f"{len(known.not_run)} not run: {_how_to_go_on(str(sweep_dir))}"
+            CONSOLE.print(f"{stopped}, {rest}", soft_wrap=True)
         if rows:
             report_and_mirror(config, sweep_dir, tracebacks=_wants_traceback)
         if not rows or known.unwritten or known.not_run:
@@ -221,11 +218,9 @@ class RunCallback(Callback):
             raise SystemExit(code)
 
 
-def _how_to_go_on(cells: int, sweep_dir: Path) -> str:
-    return (
-        f"stopped at the first cell that failed (sweep.fail_fast=true), {cells} not run: the same command with "
-        f"{shlex.quote(f'hydra.sweep.dir={sweep_dir}')} goes on from the rows made so far"
-    )
+def _how_to_go_on(sweep_dir: str) -> str:
+    again = for_shell("hydra.sweep.dir", sweep_dir)
+    return f"the same command with {again} goes on from the rows made so far"
 
 
 def _check_agent(config: DictConfig) -> None:

@@ -88,6 +88,22 @@ def test_the_composed_config_can_be_shown_without_running() -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["kv.page_size=4", "--cfg", "job", "workload=decode"],
+        ["kv.page_size=4", "workload=decode", "--cfg=job"],
+        ["~experiment", "--cfg", "job", "++kv.page_size=4", "workload=decode"],
+        ["workload=decode", "--config-dir", "a=b/c=d", "--cfg", "job", "kv.page_size=4"],
+    ],
+)
+def test_flags_may_stand_among_overrides(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a=b" / "c=d").mkdir(parents=True)
+    done = run_py(*(text.replace("a=b/", f"{tmp_path}/a=b/") for text in arguments), cwd=tmp_path)
+    shown = OmegaConf.create(done.stdout)
+    assert (shown.workload.name, shown.kv.page_size) == ("decode", 4), done.stderr
+
+
+@pytest.mark.parametrize(
     ("override", "part"),
     [
         ("backend=fa9", "choose one of auto, "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,21 +97,29 @@ def test_a_killed_sweep_keeps_its_rows_and_goes_on_where_it_stopped(tmp_path: Pa
     assert [row.config["seed"] for row in rows] == [0, 1, 2]
 
 
-def test_an_interrupted_sweep_says_how_it_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "typed"), [("my sweep", "hydra.sweep.dir=my sweep"), ("s 3, x", 'hydra.sweep.dir="s 3, x"')]
+)
+def test_an_interrupted_sweep_says_how_it_goes_on(folder: str, typed: str, tmp_path: Path) -> None:
+    args = ["-m", *SMALL, "seed=range(40)"]
     child = subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), "-m", *SMALL, "seed=range(40)", "hydra.sweep.dir=my sweep"],
+        [sys.executable, str(ROOT / "run.py"), *args, typed],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    _wait_for_row(tmp_path / "my sweep" / "0" / ROWS_FILE)
+    _wait_for_row(tmp_path / folder / "0" / ROWS_FILE)
     child.send_signal(signal.SIGINT)
     (line,) = child.communicate()[1].splitlines()
     assert child.returncode == 130
-    assert "interrupted" in line
-    assert "'hydra.sweep.dir=my sweep'" in line, "as a shell takes it"
+    hint = line.removeprefix("interrupted; the same command with ").removesuffix(
+        " goes on from the rows made so far"
+    )
+    assert hint == shlex.quote(typed), "as a shell takes it"
+    done = run_py(*args, "seed=0", *shlex.split(hint), cwd=tmp_path)
+    assert "0 of 1 cells to run" in done.stdout, done.stderr
 
 
 def test_another_config_in_the_same_sweep_folder_is_run(tmp_path: Path) -> None:

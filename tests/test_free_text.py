@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from omegaconf import OmegaConf
 
 from fa_research.config import Config, TextWorkload, config_hash, to_plain
-from fa_research.config.free_text import escape, quote_free_text
+from fa_research.config.free_text import escape, for_shell, quote_free_text
 
 TEXTS = (
     "def main(",
@@ -96,3 +99,31 @@ def test_overrides_in_a_list_are_typed_as_they_are(typed: str, values: list[list
 )
 def test_other_arguments_are_left_alone(argument: str) -> None:
     assert quote_free_text([argument]) == [argument]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "sweep",
+        "outputs/my sweep",
+        "outputs/s 3, x",
+        "a=b",
+        "[a",
+        "it's",
+        'a "b" \\',
+        "x$y",
+        "1",
+        "range(3)",
+        "é(1)",
+    ],
+)
+def test_a_folder_is_read_by_shell_and_grammar_as_it_is(folder: str) -> None:
+    (typed,) = shlex.split(for_shell("hydra.sweep.dir", folder))
+    (read,) = OverridesParser.create().parse_overrides([typed])
+    value = read.value()
+    assert not read.is_sweep_override()
+    assert (value.text if isinstance(value, QuotedString) else str(value)) == folder
+
+
+def test_what_needs_no_quotes_has_none() -> None:
+    assert for_shell("hydra.sweep.dir", "outputs/a/b-1") == "hydra.sweep.dir=outputs/a/b-1"

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 
 FREE_TEXT = ("workload.prompt",)
 PATHS = (
@@ -19,6 +22,13 @@ _SWEEPS = {"-m", "--multirun"}
 _IN_QUOTES = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)  # as a whole, unlike 'a' + 'b'
 _TOKENS = re.compile(rf"{_IN_QUOTES.pattern}|.", re.DOTALL)
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
+_OVERRIDE = re.compile(r"[~+]*\w[\w.@:/-]*=|~\w")
+
+
+def options_first(arguments: Iterable[str]) -> list[str]:
+    """The command line with its overrides last: Hydra's parser takes them in one piece only, and
+    `run.py backend=torch -m kv.page_size=1,16` has two."""
+    return sorted(arguments, key=lambda text: bool(_OVERRIDE.match(text)))
 
 
 def quote_free_text(arguments: Iterable[str]) -> list[str]:
@@ -71,3 +81,13 @@ def escape(plain: Any) -> Any:
 def quotes(value: str) -> str:
     """The text as Hydra's grammar takes it, whatever is in it."""
     return QuotedString(value, Quote.single).with_quotes()
+
+
+def for_shell(key: str, value: str) -> str:
+    """`key=value` as it is typed: quotes for Hydra's grammar where it needs them, and for the shell around them."""
+    try:
+        (read,) = OverridesParser.create().parse_overrides([f"{key}={value}"])
+        as_it_is = not read.is_sweep_override() and read.value() == value
+    except HydraException:
+        as_it_is = False
+    return shlex.quote(f"{key}={value if as_it_is else QuotedString(value, Quote.double).with_quotes()}")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from fa_research.sweep.ending import report_and_mirror
 from fa_research.sweep.launcher import RowPerCellLauncher, pin_sweep_dir
-from fa_research.sweep.lifeline import end_with_launcher
 from fa_research.sweep.outcome import Outcome, gather, outcome, request_stop, running_a_cell, stop_requested
 
 __all__ = [
     "Outcome",
     "RowPerCellLauncher",
-    "end_with_launcher",
     "gather",
     "outcome",
     "pin_sweep_dir",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from fa_research.config.free_text import quotes
+from fa_research.discovery import check_plugins
 from fa_research.errors import CellLost, ConfigError
 from fa_research.sweep import exclude
 from fa_research.sweep.cells import Cell, Composer
-from fa_research.sweep.lifeline import announce
+from fa_research.sweep.lifeline import is_here, prepare_environment
 from fa_research.sweep.outcome import begin, request_stop, rows_by_hash, stop_requested
 from fa_research.sweep.view import SweepView, watching
 from fa_research.tracking import Row
@@ -69,8 +69,8 @@ class RowPerCellLauncher(Launcher):
         """Nothing: the launcher behind is set up already."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Raises ConfigError if no cell can be composed, if `sweep.exclude` leaves none, or if two share a folder:
-        the command is wrong."""
+        """Raises ConfigError if no cell can be composed, if `sweep.exclude` leaves none, if two share a folder, or if a
+        plugin cannot be imported: the command is wrong."""
         cells = self._compose(job_overrides, initial_job_idx)
         if all(cell.error for cell in cells):
             assert cells[0].error is not None
@@ -79,6 +79,8 @@ class RowPerCellLauncher(Launcher):
         self._check_folders(cells)
         self.outcome.folders |= {cell.job: self._folder(cell) for cell in cells}
         wanted = self._without_rows(cells)
+        if wanted and (self._in_this_process or is_here(self.launcher)):
+            check_plugins()
         for cell in cells:
             if cell.error is not None:
                 self._refuse(cell, cell.error)
@@ -143,7 +145,6 @@ class RowPerCellLauncher(Launcher):
                 continue
             log.info("\t#%d has its row already", cell.job)
             if [last.to_json() for last in rows_of(self._folder(cell))[-1:]] != [row.to_json()]:
-                self._folder(cell).mkdir(parents=True, exist_ok=True)
                 write_row(self._folder(cell), row)
         return wanted
 
@@ -152,7 +153,6 @@ class RowPerCellLauncher(Launcher):
 
     def _refuse(self, cell: Cell, error: ConfigError) -> None:
         folder = self._folder(cell)
-        folder.mkdir(parents=True, exist_ok=True)
         log.warning("\t#%d : %s: %s", cell.job, cell.text, error)
         self._note(cell, record_failure(folder, error, cell.plain, rows_before=count_rows(folder)))
         if self.fail_fast:
@@ -197,20 +197,37 @@ class RowPerCellLauncher(Launcher):
         """All at once to a launcher that may run them side by side. Launchers number their jobs without gaps, so each
         cell is told its folder."""
         before = [count_rows(self._folder(cell)) for cell in cells]
-        _export_path()
-        announce(self.launcher)
+        begun = [self._begun(cell) for cell in cells]
+        prepare_environment(self.launcher)
         try:
             with watching(cells, self._folder):
                 rows = [row for batch in self._batches(cells) for row in self._launch(batch)]
         except Exception as error:
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+            if begun == [self._begun(cell) for cell in cells]:
+                raise ConfigError(self._cannot_launch(said)) from error
             log.exception("the launcher failed")
-            lost = CellLost([f"the launcher lost it: {' '.join(str(error).split())[:300]}"])
+            lost = CellLost([f"the launcher lost it: {said}"])
             rows = [
                 record_failure(self._folder(cell), lost, cell.plain, rows_before=count)
                 for cell, count in zip(cells, before, strict=True)
             ]
         for cell, row in zip(cells, rows, strict=True):
             self._note(cell, row)
+
+    def _begun(self, cell: Cell) -> int | None:
+        """When it last began: Hydra writes this file before the cell runs."""
+        try:
+            return (self._folder(cell) / ".hydra" / "overrides.yaml").stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def _cannot_launch(self, reason: str) -> str:
+        name = self.config.hydra.runtime.choices["hydra/launcher"]
+        return (
+            f"hydra/launcher={name}: it ran no cell: {reason}; put right what it says (its keys are "
+            "hydra.launcher.*), or take hydra/launcher=basic, which runs the cells here, one after another"
+        )
 
     def _batches(self, cells: list[Cell]) -> list[list[Cell]]:
         size = self.batch_size or len(cells)
@@ -226,10 +243,3 @@ class RowPerCellLauncher(Launcher):
             self.outcome.not_run.append(cell.job)
         elif row.to_json() not in [kept.to_json() for kept in rows_of(self._folder(cell))[-1:]]:
             self.outcome.unwritten[cell.job] = row
-
-
-def _export_path() -> None:
-    """Processes that a launcher starts find this package where this one did, also where it is not installed."""
-    root, path = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")
-    if root not in path.split(os.pathsep):
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, path]))

@@ -20,16 +20,25 @@ _HERE = {"JoblibLauncher", "LocalLauncher"}  # submitit's name for hydra/launche
 _POLL_S = 0.25
 
 
-def announce(launcher: Launcher) -> None:
-    """Tell the processes that this launcher will start whom they have to end with, if they have to."""
+def is_here(launcher: Launcher) -> bool:
+    """Whether it runs cells in other processes of this machine, which it waits for."""
+    return type(launcher).__name__ in _HERE
+
+
+def prepare_environment(launcher: Launcher) -> None:
+    """For the processes that it will start: whom they have to end with, if they have to, and where this package is,
+    also where it is not installed."""
     os.environ.pop(_LAUNCHED_BY, None)
-    if type(launcher).__name__ in _HERE:
+    if is_here(launcher):
         os.environ[_LAUNCHED_BY] = f"{os.getpid()} {_began(os.getpid())}"
+    root, path = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")
+    if root not in path.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, path]))
 
 
 @cache
 def end_with_launcher() -> None:
-    """From now on, and also in the middle of a cell. Does nothing in a process that no announced launcher started."""
+    """From now on, also in the middle of a cell. Does nothing where no launcher of this machine started this process."""
     pid, _, began = os.environ.get(_LAUNCHED_BY, "").partition(" ")
     if pid and int(pid) != os.getpid():
         threading.Thread(target=_watch, args=(int(pid), began), daemon=True).start()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fa_research.errors import ConfigError
+from fa_research.sweep.lifeline import end_with_launcher
 from fa_research.tracking.cell_rows import rows_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def _open_lock(sweep_dir: Path) -> int | None:
 
 @contextmanager
 def running_a_cell(sweep_dir: Path) -> Iterator[None]:
-    """Keeps other sweeps from the folder meanwhile, also when the process that launched this one has ended."""
+    """Keeps other sweeps from the folder meanwhile. If the process that launched this one ends, so does this process,
+    where it is one of a launcher of this machine."""
+    end_with_launcher()
     descriptor = _open_lock(sweep_dir)
     try:
         if descriptor is not None:

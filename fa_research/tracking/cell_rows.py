@@ -71,8 +71,9 @@ def record_failure(
 
 
 def write_row(folder: Path, row: Row) -> bool:
-    """Append a row to those of a folder; False, and an error in the log, where that fails."""
+    """Append a row to those of a folder, made where it is missing; False, and an error in the log, where that fails."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with RowWriter(folder / ROWS_FILE) as writer:
             writer.write(row)
     except OSError as unwritable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,10 +202,34 @@ def test_without_isolation_cells_run_in_the_process_of_the_sweep(tmp_path: Path)
     assert len(set(done.stderr.split("in process")[1:])) == 1, "what a cell writes goes where run.py writes"
 
 
-def test_a_plugin_that_is_missing_is_named(tmp_path: Path) -> None:
-    done = run_py("-m", *SMALL, "seed=0,1", cwd=tmp_path, FA_RESEARCH_PLUGINS="no_such_module")
-    assert done.returncode == 1
-    assert "FA_RESEARCH_PLUGINS names no_such_module, which cannot be imported" in done.stdout
+@pytest.mark.parametrize("flags", [[], ["-m", "seed=0,1"], ["-m", "seed=0,1", "hydra/launcher=joblib"]])
+@pytest.mark.parametrize(
+    ("plugin", "reason"),
+    [
+        ("no.such", "ModuleNotFoundError: No module named 'no'"),
+        ("half", "SyntaxError: "),
+        ("dies", "ZeroDivisionError: a plugin may"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_one_line(
+    plugin: str, reason: str, flags: list[str], tmp_path: Path
+) -> None:
+    if "hydra/launcher=joblib" in flags and not has("hydra_joblib_launcher"):
+        pytest.skip("hydra_joblib_launcher is not installed")
+    (tmp_path / "half.py").write_text("def half(")
+    (tmp_path / "dies.py").write_text("print('so far')\nraise ZeroDivisionError('a plugin\\nmay')")
+    env = {"FA_RESEARCH_PLUGINS": plugin, "PYTHONPATH": str(tmp_path)}
+    done = run_py(*SMALL, *flags, "hydra.sweep.dir=sweep", cwd=tmp_path, **env)
+    line = one_error_line(done)
+    assert f"FA_RESEARCH_PLUGINS={plugin}: cannot be imported: {reason}" in line and "PYTHONPATH" in line
+    assert not list((tmp_path / "sweep").glob("*/rows.jsonl")), "no cell was run"
+
+
+def test_a_plugin_that_ends_its_process_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text("import os\nos._exit(3)")
+    env = {"FA_RESEARCH_PLUGINS": "ends", "PYTHONPATH": str(tmp_path)}
+    line = one_error_line(run_py("-m", *SMALL, cwd=tmp_path, **env))
+    assert "FA_RESEARCH_PLUGINS=ends: cannot be imported: it ended its process" in line
 
 
 def has(module: str) -> bool:
@@ -249,6 +274,40 @@ def test_cells_are_isolated_under_every_launcher(launcher: list[str], plugin: st
     assert done.stdout.count("of 3, ") == 3, "a line for each cell that has its row"
     again = run_py(*args, "backend.name=sound_a", *launcher, cwd=tmp_path, FA_RESEARCH_PLUGINS="tests.faulty")
     assert again.returncode == 0 and "0 of 2 cells to run" in again.stdout, again.stdout
+
+
+@pytest.mark.parametrize(
+    ("launcher", "reason"),
+    [
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "n_jobs == 0"),
+        (["hydra/launcher=submitit_local", "hydra.launcher.nodes=3"], "only one node"),
+        (["hydra/launcher=submitit_slurm"], "srun"),
+    ],
+)
+def test_a_launcher_that_cannot_start_is_one_line(launcher: list[str], reason: str, tmp_path: Path) -> None:
+    name = launcher[0].removeprefix("hydra/launcher=")
+    if not has(f"hydra_{name.split('_')[0]}_launcher") or shutil.which(reason):
+        pytest.skip("it is not installed, or there is a queue")
+    done = run_py("-m", *SMALL, "seed=0,1", "hydra.sweep.dir=sweep", *launcher, cwd=tmp_path)
+    line = one_error_line(done)
+    assert line.startswith(f"error: hydra/launcher={name}: it ran no cell: ") and reason in line
+    assert "hydra/launcher=basic" in line
+    assert not list((tmp_path / "sweep").rglob(ROWS_FILE))
+
+
+def test_cells_of_a_launcher_that_breaks_off_have_their_rows(tmp_path: Path) -> None:
+    """Those that had not begun too."""
+    if not has("hydra_joblib_launcher"):
+        pytest.skip("hydra_joblib_launcher is not installed")
+    args = [*SMALL, "device=cpu", "seed=range(4)", "backend.name=kills_itself", "sweep.isolate=false"]
+    done = run_py(
+        "-m", *args, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep", cwd=tmp_path,
+        FA_RESEARCH_PLUGINS="tests.faulty",
+    )  # fmt: skip
+    assert done.returncode == 1 and "not on disk" not in done.stdout
+    for job in "0123":
+        (row,) = read_rows(tmp_path / "sweep" / job / ROWS_FILE)
+        assert "the launcher lost it" in row.reasons[0]
 
 
 @pytest.mark.parametrize("name", ["joblib", "submitit_slurm", "ray"])
