@@ -24,6 +24,7 @@ from fa_research.config.free_text import escape, for_shell, options_first, quote
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import FaResearchError
+from fa_research.streams import complain, drop
 from fa_research.sweep import (
     gather,
     outcome,
@@ -33,7 +34,6 @@ from fa_research.sweep import (
     stop_requested,
 )
 from fa_research.tracking.cell_rows import count_rows, record_failure
-from fa_research.tracking.std_streams import complain, drop
 
 if TYPE_CHECKING:
     from fa_research.tracking import Row

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fa_research"
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(["errors", "discovery", "phases", "config", "spec", "masks", "kernels"], 0),
+    **dict.fromkeys(["errors", "discovery", "phases", "streams", "config", "spec", "masks", "kernels"], 0),
     "kv_cache": 1,
     **dict.fromkeys(["batch", "metadata"], 2),
     "attention": 3,
@@ -28,7 +28,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(["isolation", "sweep"], 11),
     "cli": 12,
 }
-LEAVES = {"errors", "phases", "kernels"}  # import nothing else of the package
+LEAVES = {"errors", "phases", "streams", "kernels"}  # import nothing else of the package
 HEAVY = {
     "torch",
     "triton",
@@ -45,6 +45,7 @@ HEAVY = {
 }
 WITHOUT_TORCH = {
     "errors",
+    "streams",
     "config",
     "spec",
     "masks",

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fa_research.streams import complain, drop, open_closed_streams
 from fa_research.tracking.columns import (
     ASIDE,
     DETAIL,
@@ -28,7 +29,6 @@ from fa_research.tracking.columns import (
     varying_keys,
 )
 from fa_research.tracking.records import Row, Status
-from fa_research.tracking.std_streams import complain, drop, open_closed_streams
 
 _PIPE_WIDTH = 160  # columns of a table that no terminal limits
 _OURS = ("fa_research", "hydra", "HYDRA", "__main__")  # whose log lines are all on the screen
