@@ -21,7 +21,7 @@ from fa_research.compare.keys import (
 )
 from fa_research.compare.machines import asked_facts, differing_facts, mixed_notes, refuse_mixed
 from fa_research.compare.reading import TIMED, Record
-from fa_research.compare.step_work import REQUESTS, TOKENS, by_work, step_work, unequal_words
+from fa_research.compare.step_work import REQUESTS, TOKENS, UnequalWork, by_work, step_work, unequal_words
 from fa_research.errors import ConfigError
 from fa_research.tracking import Status
 
@@ -136,13 +136,13 @@ class Matching:
         yield from ([*members, *others] for members in timed.values() or [[]])
 
     def _note_unequal_work(self, parted: Sequence[list[list[Record]]], nothing_left: bool) -> None:
-        """Raises ConfigError if it is why nothing is left to compare."""
+        """Raises UnequalWork if it is why nothing is left to compare."""
         unequal = [parts for parts in parted if len(parts) > 1 and len(self._labels(sum(parts, []))) > 1]
         if not unequal:
             return
         said = unequal_words([[record for part in parts for record in part] for parts in unequal])
         if nothing_left:
-            raise ConfigError(f"nothing to compare: steps timed with equal configs are {said}")
+            raise UnequalWork(f"nothing to compare: steps timed with equal configs are {said}")
         self.notes.append(
             f"in {len(unequal)} of {len(parted)} cells the timed steps are {said}. Rows of equal steps are compared"
         )

@@ -12,6 +12,7 @@ from fa_research.compare.comparison import TIE, Comparison
 from fa_research.compare.estimates import MAIN, choose_metric, higher_is_better
 from fa_research.compare.keys import Question, question_of, readable, varying, within
 from fa_research.compare.reading import Record, load
+from fa_research.compare.step_work import UnequalWork
 from fa_research.errors import ConfigError
 from fa_research.tracking import Status
 
@@ -144,11 +145,14 @@ def _compare(
     notes: list[str],
     alone: bool = False,
 ) -> Comparison | None:
-    """Rows of several machines are put together only where nothing could be compared otherwise, and it is said."""
+    """Rows of several machines are put together only where nothing could be compared otherwise; Matching notes it."""
     for across in (False, True):
         said: list[str] = []
         try:
             cells = Matching(question, metric, (), across, said, alone).cells(members)
+        except UnequalWork as error:
+            notes.append(f"{question.title}: {error}")
+            return None
         except ConfigError:
             continue
         if not any(cell.measured for cell in cells):

@@ -6,12 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fa_research.compare.reading import Record, is_number
+from fa_research.errors import ConfigError
 from fa_research.tracking import Status
 
 REQUESTS, TOKENS = "trace_step_requests", "trace_step_tokens"
 PER_TOKEN = "trace_tokens_per_s"
 _OF_THE_STEP = ("decode_step", "attention", "metadata", "kv_write")
 _SAME = 0.001  # fraction of cached tokens; a tenth of what is a tie
+
+
+class UnequalWork(ConfigError):
+    """No two rows that match have timed steps of equal work."""
 
 
 def step_work(record: Record) -> tuple[int, int]:

@@ -90,7 +90,8 @@ def build(comparison: Comparison, place: Place, entity: str) -> Any:
 
     table = _linked(cells_table(comparison), comparison, f"{_app_url()}/{entity}/{place.project}/runs")
     title = f"{comparison.question.title} by {quantity(comparison.metric)}"
-    text = [f"- {line}" for line in [*summary(comparison), regret_summary(comparison), *caveats(comparison)]]
+    lines = [*summary(comparison), regret_summary(comparison), *caveats(comparison), *comparison.notes]
+    text = [f"- {line}" for line in lines]
     blocks = [
         wr.MarkdownBlock("\n".join([*text, "", *table])),
         wr.H2("Runs"),

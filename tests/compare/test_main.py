@@ -138,6 +138,14 @@ def test_a_tie_that_is_no_percentage_is_said_so(given: str, capsys: pytest.Captu
     assert f"argument --tie: {given} is not a percentage from 0 to 100" in capsys.readouterr().err
 
 
+def test_what_takes_long_to_import_is_imported_where_ctrl_c_is_answered() -> None:
+    code = (
+        "import sys, fa_research.compare.__main__; print({'numpy', 'omegaconf', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_ctrl_c_ends_it_with_a_word(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")  # reading waits for a writer that never comes
     command = [sys.executable, "-m", "fa_research.compare", tmp_path, "-q", "backend"]

@@ -11,6 +11,7 @@ import pytest
 from fa_research.compare import compare
 from fa_research.compare.__main__ import main
 from fa_research.compare.closure import close
+from fa_research.compare.overview import read_sweep
 from fa_research.errors import ConfigError
 from fa_research.tracking import CONSOLE, ROWS_FILE, Row
 from tests.compare.results import H200, config_of, noisy, row_of, write_rows, write_sweep
@@ -124,6 +125,15 @@ def test_where_no_two_steps_are_equal_the_metric_that_helps_is_named(tmp_path: P
     file = write_rows(tmp_path / ROWS_FILE, replayed(1, 53, 9000), replayed(16, 52, 9000))
     with pytest.raises(ConfigError, match="of different work.*--metric trace_tokens_per_s"):
         compare([file], "page_size")
+
+
+def test_a_sweep_of_unequal_steps_is_drawn_and_says_why_it_is_not_judged(tmp_path: Path) -> None:
+    write_rows(tmp_path / ROWS_FILE, replayed(1, 53, 9000), replayed(16, 52, 9000))
+    found = read_sweep(tmp_path)
+    (part,) = found.parts
+    assert part.asked == []
+    assert part.lines is not None and len(part.lines.cells) == 2
+    assert any(note.startswith("kv.page_size: nothing to compare: steps timed") for note in found.notes)
 
 
 def test_two_sets_of_equal_steps_are_told_apart(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from fa_research.compare import compare
 from fa_research.compare.estimates import How
+from fa_research.compare.files import write_markdown
 from fa_research.compare.reading import load
 from fa_research.errors import ConfigError
 from fa_research.tracking import ROWS_FILE, Row, Status
@@ -186,6 +187,7 @@ def test_numbers_no_float_can_hold_and_odd_packages_end_nothing(tmp_path: Path) 
     found = compare([write_rows(tmp_path / ROWS_FILE, *rows)], "backend")
     assert "huge_us" not in found.other_metrics
     assert sum("environment.packages is no object" in note for note in found.notes) == 2
+    assert "| 1; None |" in write_markdown(found, tmp_path).read_text()
 
 
 def test_files_under_other_names_are_named(tmp_path: Path) -> None:
