@@ -28,7 +28,7 @@ from fa_research.interop.leaving import keep_until_read, let_go
 if TYPE_CHECKING:
     import jax
 
-MISSING = "the jax package is not installed (pip install 'fa_research[jax]')"
+MISSING = "the jax package is not installed (pip install -e '.[jax]')"
 # Bytes. XLA's CPU client takes no less; on a GPU its kernels assume so much of their arguments.
 ALIGNMENT = {"cpu": 64, "cuda": 16}
 WITHOUT_X64 = {torch.float64, torch.int64, torch.uint64, torch.complex128}

@@ -29,8 +29,9 @@ def prepare_environment(launcher: Launcher) -> None:
     """For the processes that it will start: whom they have to end with, if they have to, and where this package is,
     also where it is not installed."""
     os.environ.pop(_LAUNCHED_BY, None)
-    if is_here(launcher):
-        os.environ[_LAUNCHED_BY] = f"{os.getpid()} {_began(os.getpid())}"
+    began = _began(os.getpid())
+    if is_here(launcher) and began is not None:  # None where there is no /proc
+        os.environ[_LAUNCHED_BY] = f"{os.getpid()} {began}"
     root, path = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")
     if root not in path.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, path]))

@@ -95,8 +95,8 @@ def test_float64_with_x64(x64: None) -> None:
 def test_jax_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jax" else find_spec(name))
-    assert reasons_against_jax(torch.device("cpu")) == (MISSING,) and "fa_research[jax]" in MISSING
-    with pytest.raises(InteropError, match=r"pip install 'fa_research\[jax\]'"):
+    assert reasons_against_jax(torch.device("cpu")) == (MISSING,) and ".[jax]" in MISSING
+    with pytest.raises(InteropError, match=r"pip install -e '\.\[jax\]'"):
         import_jax()
 
 
