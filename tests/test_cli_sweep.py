@@ -97,6 +97,17 @@ def test_a_killed_sweep_keeps_its_rows_and_goes_on_where_it_stopped(tmp_path: Pa
     assert [row.config["seed"] for row in rows] == [0, 1, 2]
 
 
+def test_a_torn_row_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "sweep" / "0").mkdir(parents=True)
+    (tmp_path / "sweep" / "0" / ROWS_FILE).write_text('{"status": "ok", "conf')
+    args = ["-m", *SMALL, "device=cpu", "seed=0", "hydra.sweep.dir=sweep", "sweep.report=true"]
+    done = run_py(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout + done.stderr
+    assert text.count(f"sweep/0/{ROWS_FILE}:1 is not a row and was skipped") == 1, text
+    assert "Warning" not in text and "return [" not in text
+
+
 @pytest.mark.parametrize(
     ("folder", "typed"), [("my sweep", "hydra.sweep.dir=my sweep"), ("s 3, x", 'hydra.sweep.dir="s 3, x"')]
 )

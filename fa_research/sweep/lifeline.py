@@ -39,7 +39,7 @@ def prepare_environment(launcher: Launcher) -> None:
 
 @cache
 def end_with_launcher() -> None:
-    """From now on, also in the middle of a cell. Does nothing where no launcher of this machine started this process."""
+    """From now on, also in the middle of a cell. Does nothing in a process that no launcher of this machine made."""
     pid, _, began = os.environ.get(_LAUNCHED_BY, "").partition(" ")
     if pid and int(pid) != os.getpid():
         threading.Thread(target=_watch, args=(int(pid), began), daemon=True).start()

@@ -16,7 +16,7 @@ from fa_research.config.checkpoint import name_by_folder
 from fa_research.config.explain import explain
 from fa_research.tracking.environment import environment
 from fa_research.tracking.failures import failed_row
-from fa_research.tracking.records import ROWS_FILE, Row, RowWriter, read_rows
+from fa_research.tracking.records import ROWS_FILE, Row, RowWriter, rows_and_torn
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,34 @@ class CellLog(logging.FileHandler):
             super().close()
 
 
+class _Once(logging.Filter):
+    """Folders are read again and again, here and by the process that runs the cell, whose log comes here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in self._said
+        self._said.add(text)
+        return new
+
+
+_torn_log = logging.getLogger(f"{__name__}.torn")
+_torn_log.addFilter(_Once())
+
+
 def rows_of(folder: Path) -> list[Row]:
-    """The rows in a cell's folder, oldest first; [] where there are none."""
-    path = folder / ROWS_FILE
-    return read_rows(path) if path.exists() else []
+    """The rows in a cell's folder, oldest first; [] where there are none. A line that is no row (torn by a kill) is
+    skipped, and logged once."""
+    path = (folder / ROWS_FILE).absolute()  # as Hydra gives it to a cell: what is said of it is the same
+    if not path.exists():
+        return []
+    rows, torn = rows_and_torn(path)
+    for line in torn:
+        _torn_log.warning(line)
+    return [row for _, row in rows]
 
 
 def count_rows(folder: Path) -> int:

@@ -178,15 +178,20 @@ def read_rows(path: Path) -> list[Row]:
 
 def numbered_rows(path: Path) -> list[tuple[int, Row]]:
     """The same, each row with the number of its line, from 1."""
-    rows = []
+    rows, torn = rows_and_torn(path)
+    for line in torn:
+        warnings.warn(line, stacklevel=2)
+    return rows
+
+
+def rows_and_torn(path: Path) -> tuple[list[tuple[int, Row]], list[str]]:
+    """The same, and what there is to say of lines that are no rows."""
+    rows, torn = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         try:
             rows.append((number, Row.from_json(line)))
-        except json.JSONDecodeError as error:
-            said = f"no JSON, as where a run was killed: {error.msg}, column {error.colno} of {len(line)}"
-            warnings.warn(f"{path}:{number} is not a row and was skipped ({said})", stacklevel=2)
-        except ValueError as error:
-            warnings.warn(f"{path}:{number} is not a row and was skipped ({error})", stacklevel=2)
-    return rows
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            torn.append(f"{path}:{number} is not a row and was skipped ({error})")
+    return rows, torn

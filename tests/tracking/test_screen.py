@@ -185,6 +185,12 @@ def test_a_narrow_terminal_breaks_names_and_no_number_and_says_what_it_left_out(
     assert "1,234,570" in capsys.readouterr().out
 
 
+def test_a_row_that_failed_shows_no_empty_check(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([Row(Status.error, reasons=["too large"])])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert shown == [["status", "error"], ["reason", "too", "large"]]
+
+
 def test_what_several_rows_say_alike_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     said = ["no GPU", "no GPU", "torn", "no GPU", "no GPU", "no GPU"]
     print_table([Row(Status.unsupported, config={"a": i}, reasons=[text]) for i, text in enumerate(said)])
