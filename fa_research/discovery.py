@@ -36,12 +36,9 @@ def check_plugins() -> None:
         return
     done = subprocess.run([sys.executable, "-c", _CHECK, *sys.path], capture_output=True, text=True)
     if done.returncode:
-        *_, last = ["it ended its process", *done.stderr.strip().splitlines()]
-        raise ConfigError(
-            last
-            if last.startswith(PLUGINS)
-            else f"{PLUGINS}={','.join(plugins())}: cannot be imported: {last}"
-        )
+        lines = done.stderr.strip().splitlines() or ["it ended its process"]
+        ours = [line for line in lines if line.startswith(PLUGINS)]  # others may speak at its end
+        raise ConfigError([f"{PLUGINS}={','.join(plugins())}: cannot be imported: {lines[-1]}", *ours][-1])
 
 
 def problem() -> str | None:
