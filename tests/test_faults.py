@@ -160,6 +160,7 @@ def test_a_child_of_a_dead_worker_does_not_stand_for_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.quiet  # one of them takes all memory
 def test_faults_of_a_gpu_cost_one_cell_each(tmp_path: Path) -> None:
     expected = {
         "sound_a": Status.ok,

@@ -113,7 +113,8 @@ def to_jax(tensor: Tensor) -> jax.Array:
 
     JAX takes arrays to be immutable: write to the tensor only when no computation that reads it is under way (see the
     head of this file), and pass the array to jitted functions as an argument, since one that is closed over is a
-    constant of the compiled program. Raises InteropError where sharing takes a copy."""
+    constant of the compiled program. Do not donate it unless the tensor is of no use any more: on a GPU XLA writes the
+    result to its memory. Raises InteropError where sharing takes a copy."""
     reasons = reasons_against_sharing(tensor)
     if reasons:
         raise InteropError(

@@ -25,9 +25,9 @@ def _status(error: BaseException) -> Status:
     # torch's class by name, so that telling it apart needs no torch
     if isinstance(error, KVCacheFull | MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return Status.oom
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(
-        error
-    ):  # torch's allocator on the CPU
+    # torch's allocator on the CPU; CUDA where not even its context finds room
+    said = ("can't allocate memory", "CUDA error: out of memory")
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in said):
         return Status.oom
     return Status.error
 

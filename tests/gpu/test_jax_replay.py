@@ -79,6 +79,7 @@ def test_a_spoilt_capture_costs_itself_alone() -> None:
     from fa_research.interop import replay
 
     replays, done, stream = replay.Replays(), torch.zeros(1, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
 
     def waits() -> None:
         done.add_(1).item()
@@ -91,4 +92,5 @@ def test_a_spoilt_capture_costs_itself_alone() -> None:
         for _ in range(3):
             if not replays.launch(stream.cuda_stream, (2,)):
                 replays.run(lambda: done.add_(1), stream.cuda_stream, (2,))
+    torch.cuda.synchronize()
     assert done.item() == before + 3 and len(replays._graphs) == 1

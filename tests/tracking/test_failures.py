@@ -36,6 +36,10 @@ def test_status_and_reasons(error: Exception, status: Status, reasons: list[str]
             "out of memory: OutOfMemoryError: tried to allocate; ",
         ),
         (MemoryError(), "out of memory: MemoryError; "),  # Python's own says nothing
+        (
+            RuntimeError("CUDA error: out of memory"),
+            "out of memory: RuntimeError: CUDA error: out of memory; ",
+        ),
     ],
 )
 def test_out_of_memory_names_what_would_take_less(error: Exception, said: str) -> None:
