@@ -13,7 +13,7 @@ import torch
 from fa_research.isolation import gpus
 from fa_research.isolation.gpus import GpuShare
 from fa_research.tracking import ROWS_FILE, Row, Status, read_rows
-from tests.sweep.test_sweep import has
+from tests.sweep.test_launchers import has
 from tests.test_cli import SMALL, run_py
 
 UUIDS = ["GPU-aaaa", "GPU-bbbb"]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from fa_research.tracking import ROWS_FILE, read_rows
-from tests.sweep.test_sweep import LAUNCHERS, REFUSED, has
+from tests.sweep.test_launchers import LAUNCHERS, has
+from tests.sweep.test_sweep import REFUSED
 from tests.test_cli import ROOT, SMALL, one_error_line, run_py
 
 BASIC = pytest.param([], "fa_research_sweeper", id="basic")
