@@ -1,4 +1,4 @@
-"""Sweeps under Hydra's other launchers, those that cannot start and those that are not there."""
+"""Sweeps under Hydra's other launchers, those that cannot start and those that are not there; plugins that break."""
 
 from __future__ import annotations
 
@@ -101,3 +101,33 @@ def test_a_launcher_that_is_not_installed_names_the_extra(name: str, tmp_path: P
 def test_an_unknown_launcher_lists_those_there_are(tmp_path: Path) -> None:
     line = one_error_line(run_py("-m", "seed=0,1", "hydra/launcher=slurm", cwd=tmp_path))
     assert "choose one of basic" in line
+
+
+@pytest.mark.parametrize("flags", [[], ["-m", "seed=0,1"], ["-m", "seed=0,1", "hydra/launcher=joblib"]])
+@pytest.mark.parametrize(
+    ("plugin", "reason"),
+    [
+        ("no.such", "ModuleNotFoundError: No module named 'no'"),
+        ("half", "SyntaxError: "),
+        ("dies", "ZeroDivisionError: a plugin may"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_one_line(
+    plugin: str, reason: str, flags: list[str], tmp_path: Path
+) -> None:
+    if "hydra/launcher=joblib" in flags and not has("hydra_joblib_launcher"):
+        pytest.skip("hydra_joblib_launcher is not installed")
+    (tmp_path / "half.py").write_text("def half(")
+    (tmp_path / "dies.py").write_text("print('so far')\nraise ZeroDivisionError('a plugin\\nmay')")
+    env = {"FA_RESEARCH_PLUGINS": plugin, "PYTHONPATH": str(tmp_path)}
+    done = run_py(*SMALL, *flags, "hydra.sweep.dir=sweep", cwd=tmp_path, **env)
+    line = one_error_line(done)
+    assert f"FA_RESEARCH_PLUGINS={plugin}: cannot be imported: {reason}" in line and "PYTHONPATH" in line
+    assert not list((tmp_path / "sweep").glob("*/rows.jsonl")), "no cell was run"
+
+
+def test_a_plugin_that_ends_its_process_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text("import os\nos._exit(3)")
+    env = {"FA_RESEARCH_PLUGINS": "ends", "PYTHONPATH": str(tmp_path)}
+    line = one_error_line(run_py("-m", *SMALL, cwd=tmp_path, **env))
+    assert "FA_RESEARCH_PLUGINS=ends: cannot be imported: it ended its process" in line
