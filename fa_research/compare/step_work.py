@@ -22,8 +22,10 @@ class UnequalWork(ConfigError):
 def step_work(record: Record) -> tuple[int, int]:
     """Requests and cached tokens of the timed step; zeros where the config settles them.
 
-    Rows do not hold the tokens: they are what `workloads/trace.py` has scaled the rate of tokens by."""
+    Older rows do not hold the tokens: they are what `workloads/trace.py` has scaled the rate of tokens by."""
     metrics = record.row.metrics
+    if is_number(metrics.get(REQUESTS)) and is_number(metrics.get(TOKENS)):
+        return int(metrics[REQUESTS]), int(metrics[TOKENS])
     names = (PER_TOKEN, "decode_step_us", "trace_live_tokens_mean", "trace_live_requests_mean")
     requests, *known = (metrics.get(name) for name in (REQUESTS, *names))
     if not is_number(requests):

@@ -173,6 +173,7 @@ class TraceReplay(Decoding):
     def columns(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         columns = replay_columns(self.replay.counts, self.engine.cache.page_size) | self._left
         columns |= {"trace_replay_s": self.replay_s, "trace_step_requests": len(self.requests)}
+        columns["trace_step_tokens"] = sum(self.context_lens)
         if step_us := metrics.get("decode_step_us"):
             per_token_us = step_us / sum(self.context_lens)
             mean_step_us = per_token_us * columns["trace_live_tokens_mean"]
