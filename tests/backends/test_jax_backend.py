@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -212,13 +211,6 @@ def test_what_it_refuses(changes: dict[str, object], says: str) -> None:
     scene = Scene(make_spec(), LENS, 16, torch.float32)
     with pytest.raises(Unsupported, match=says):
         backends.create("jax", scene.settings(**changes), scene.specs)
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.mark.parametrize("device", DEVICES)

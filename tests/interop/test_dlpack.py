@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -30,13 +29,6 @@ DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
     *(torch.int32, torch.int8, torch.uint8, torch.bool),
 )
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.mark.parametrize("device", DEVICES)
