@@ -78,14 +78,14 @@ class JaxDecoder:
     def start(self, prompts: Sequence[Sequence[int]], steps: int) -> Any:
         """Prefill; the first tokens [B] of `steps`, for which there are pages then. Raises ValueError where the rope
         table or the pool is too short for them."""
-        self.lens_B = np.array([len(prompt) for prompt in prompts])
-        longest, positions = int(self.lens_B.max()) + steps, self.weights["cos_sin_XD"].shape[0]
+        lens_B = np.array([len(prompt) for prompt in prompts])
+        longest, positions = int(lens_B.max()) + steps, self.weights["cos_sin_XD"].shape[0]
         if longest > positions:
             raise ValueError(
                 f"a prompt and {steps} steps make {longest} tokens, model.max_context_len={positions}"
             )
-        self.table_BP = self._pages(self.lens_B + steps)
-        return self._prefill(np.concatenate([np.asarray(prompt) for prompt in prompts]))
+        tokens_T = np.concatenate([np.asarray(prompt) for prompt in prompts])
+        return self._prefill(tokens_T, lens_B, self._pages(lens_B + steps))
 
     def step(self, last_B: Any) -> Any:
         """The tokens [B] after those of the step before. Nothing comes from the host."""
@@ -98,9 +98,8 @@ class JaxDecoder:
         """The pages are free again."""
         self._free += [page for page in np.asarray(self.table_BP).flatten().tolist() if page]
 
-    def _prefill(self, tokens_T: np.ndarray) -> Any:
+    def _prefill(self, tokens_T: np.ndarray, lens_B: np.ndarray, table_BP: np.ndarray) -> Any:
         """From position 0; the next token of each request, [B]."""
-        lens_B, table_BP = self.lens_B, self.table_BP
         positions_T = np.concatenate([np.arange(n) for n in lens_B])
         rows_T = np.repeat(np.arange(len(lens_B)), lens_B)
         slots_T = (

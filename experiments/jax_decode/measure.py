@@ -9,26 +9,24 @@ against float64 before it is timed. --small: a few tokens, for a machine without
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiments.jax_decode.rows import publish
 from experiments.jax_decode.scene import DIM, KV_HEADS, PAGE_SIZE, Scene
 from fa_research import backends
 from fa_research.backends import BackendSettings
 from fa_research.interop.dlpack import HandleCache, import_jax, to_jax, to_torch
 from fa_research.interop.jax import paged_attention as from_jax
 from fa_research.masks import Causal
-from fa_research.tracking import Row, RowWriter, Status, environment
+from fa_research.tracking import Row, Status
 from fa_research.tracking.failures import failed_row
-from fa_research.tracking.records import ROWS_FILE
 
 jax = import_jax()
 from fa_research.kernels.jax_paged import paged_attention as with_xla  # noqa: E402
@@ -196,16 +194,5 @@ def measure(small: bool) -> Iterator[Row]:
     yield Row(Status.ok, {"variant": "sharing"}, metrics=sharing(large))
 
 
-def main() -> None:
-    folder, small = Path(sys.argv[1]), "--small" in sys.argv
-    folder.mkdir(parents=True, exist_ok=True)
-    with RowWriter(folder / ROWS_FILE) as writer:
-        for row in measure(small):
-            row.environment = environment()
-            writer.write(row)
-            numbers = {key: round(x, 2) for key, x in row.metrics.items()}
-            print(f"{row.config['variant']:64} {row.status} {numbers or row.reasons}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    publish(measure)

@@ -7,25 +7,23 @@ same memory. From torch: eager, and in one CUDA graph. From JAX: one program, it
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 
 from experiments.jax_decode.decoder import JaxDecoder
+from experiments.jax_decode.rows import publish
 from experiments.jax_decode.torch_side import make_runner
 from fa_research.config import GraphMode, ModelConfig
 from fa_research.engine.decode import DecodeRunner
 from fa_research.interop.dlpack import import_jax
 from fa_research.models import Decoder
-from fa_research.tracking import Row, RowWriter, Status, environment
+from fa_research.tracking import Row, Status
 from fa_research.tracking.failures import failed_row
-from fa_research.tracking.records import ROWS_FILE
 
 jax = import_jax()
 
@@ -127,15 +125,5 @@ def llama3_1b() -> ModelConfig:
     )  # fmt: skip
 
 
-def main() -> None:
-    folder, small = Path(sys.argv[1]), "--small" in sys.argv
-    folder.mkdir(parents=True, exist_ok=True)
-    with RowWriter(folder / ROWS_FILE) as writer:
-        for row in measure(small):
-            row.environment = environment()
-            writer.write(row)
-            print(f"{row.config['variant']:28} {row.status} {row.metrics or row.reasons}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    publish(measure)

@@ -19,8 +19,8 @@ from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.errors import ConfigError
 from fa_research.interop.dlpack import (
     HandleCache,
+    is_aligned,
     reasons_against_jax,
-    reasons_against_sharing,
     to_jax,
     to_torch,
     x64_enabled,
@@ -137,9 +137,11 @@ class JaxBackend(AttentionBackend):
         v_RKV, v_first_row = self._pool(v_cache_NKV)
         assert first_row == v_first_row, "keys and values of one layer lie at the same slots"
         tokens, one_each = q_THD.shape[0], metadata.max_seq_len_q == 1
-        q = to_jax(_shareable(_pad_queries(q_THD, bucket(tokens))))
+        q = to_jax(_pad_queries(q_THD, bucket(tokens)))
         arrays = (q, k_RKD, v_RKV, first_row, plan.page_table_BP, plan.cache_seqlens_B)
-        sinks = None if sinks_H is None else self.handles.get(_shareable(sinks_H))
+        if sinks_H is not None and not is_aligned(sinks_H):
+            sinks_H = sinks_H.clone()
+        sinks = None if sinks_H is None else self.handles.get(sinks_H)
         shape = {"page_size": metadata.page_size, "scale": spec.scale, "softcap": spec.softcap}
         if one_each and tokens == metadata.batch_size and self._choose(spec)[0] == "pallas":
             out, lse = self._decode(arrays, sinks, spec, shape)
@@ -198,13 +200,9 @@ def bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _shareable(tensor: Tensor) -> Tensor:
-    """It, or a copy of what lies where JAX cannot read it."""
-    return tensor.clone() if reasons_against_sharing(tensor) else tensor
-
-
 def _pad_queries(q_THD: Tensor, size: int) -> Tensor:
-    if q_THD.shape[0] == size and q_THD.is_contiguous():
+    """In memory that JAX can read: the queries themselves where they are of that size and lie so."""
+    if q_THD.shape[0] == size and q_THD.is_contiguous() and is_aligned(q_THD):
         return q_THD
     padded = q_THD.new_zeros(size, *q_THD.shape[1:])
     padded[: q_THD.shape[0]] = q_THD

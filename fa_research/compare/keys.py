@@ -59,13 +59,8 @@ def ask(text: str, records: Sequence[Record]) -> Question:
     if len(question.labels) < 2:
         others = [key for key in varying(records) if not within(key, name)]
         count = len(question.by_record)
-        having = (
-            f"all {count} rows have"
-            if count > 1
-            else "the only row with it has"
-            if len(records) > 1
-            else "the only row has"
-        )
+        only = f"the only row{' with it' * (len(records) > 1)} has"
+        having = f"all {count} rows have" if count > 1 else only
         rest = f"; what varies between them: {', '.join(others[:12]) or 'nothing'}" * (len(records) > 1)
         raise ConfigError(f"{having} {name}={question.labels[0]}, so there is nothing to compare{rest}")
     return question

@@ -100,12 +100,17 @@ def reasons_against_sharing(tensor: Tensor) -> tuple[str, ...]:
             f"strides {tensor.stride()} of shape {tuple(tensor.shape)}: DLPack to JAX takes tensors without gaps or "
             "repeats; share what it is a view of, or call .contiguous() first"
         )
-    if tensor.numel() and tensor.data_ptr() % ALIGNMENT[device]:
+    if not is_aligned(tensor):
         reasons.append(
             f"address {tensor.data_ptr():#x}: not a multiple of {ALIGNMENT[device]} bytes; share what it is a view "
             "of and slice in JAX, or clone it"
         )
     return tuple(reasons)
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether its address, on a CPU or a GPU, is one that JAX takes."""
+    return not tensor.numel() or tensor.data_ptr() % ALIGNMENT[tensor.device.type] == 0
 
 
 def to_jax(tensor: Tensor) -> jax.Array:

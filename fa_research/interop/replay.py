@@ -21,9 +21,8 @@ _MOST = 512  # graphs kept for a call, which may be that of every layer of a pro
 _WHEN_FULL = 4  # times that addresses are met before they take another's place: a capture costs more than it saves once
 _MOST_MET = 4096  # addresses that are counted
 _pools: dict[int, Any] = {}  # by stream: what one stream replays in order may share memory
-_side: dict[
-    int, torch.cuda.Stream
-] = {}  # one a device: cuBLAS keeps a workspace for every stream that it has seen
+# One stream a device: cuBLAS keeps a workspace for every stream that it has seen.
+_side: dict[int, torch.cuda.Stream] = {}
 
 _one_at_a_time = threading.Lock()  # captures: programs of two Python threads share the stream that captures
 

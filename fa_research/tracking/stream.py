@@ -20,7 +20,7 @@ def printable(text: str) -> str:
 def stream_text(pieces: Iterable[str]) -> tuple[str, str]:
     """Write a prompt (the first piece, bold on a terminal with colours) and what follows it to the console, each piece
     at once. Nothing else may be drawn meanwhile. Returns the prompt and the text as they were. Raises BrokenPipeError
-    who reads it goes: the text is all that they wanted."""
+    when who reads it goes: the text is all that they wanted."""
     prompt: str | None = None
     written: list[str] = []
     for piece in pieces:
