@@ -24,18 +24,18 @@ ModelFactory = Callable[[torch.device, torch.dtype], EngineModel]
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a workload asks of the engine: the longest each of its requests becomes (tokens), the most tokens of one
-    forward pass, the longest request that is measured, where others are only shown (None: of all), and the tokens that
-    the pool holds, where not all requests become their longest at once (None: they do)."""
+    forward pass, and the tokens that the pool holds, where not all requests become their longest at once (None: they
+    do)."""
 
     seq_lens: tuple[int, ...]
     tokens_per_pass: int
-    measured_len: int | None = None
     pool_tokens: int | None = None
 
     @property
     def rope_len(self) -> int:
-        """Tokens that rotations are set up for where they depend on the length: what is only shown changes no score."""
-        return self.measured_len or max(self.seq_lens)
+        """Tokens that rotations are set up for where they depend on the length: those of the run's longest sequence,
+        whether it is measured or only written. A run has one rotation, as vLLM has one for a model."""
+        return max(self.seq_lens)
 
     def pages(self, page_size: int) -> int:
         """Pages of the pool, the sink left out: as many whole ones as fit `pool_tokens`, or what all requests take."""
@@ -191,17 +191,21 @@ def _table_shape(config: Config, needs: Needs) -> tuple[int, int]:
 
 
 def rope_notes(config: Config, needs: Needs) -> list[str]:
-    """Which rotation the model gets where its RoPE depends on the length: chosen once, for the longest sequence that is
-    measured, as keys in the cache stay rotated as they are."""
+    """Which rotation the model gets where its RoPE depends on the length: chosen once, for the longest sequence of the
+    run, as keys in the cache stay rotated as they are. Shorter sequences have it too, and the note says so."""
     scaling, longest = config.model.rope_scaling, needs.rope_len
-    original, reach = scaling.original_max_position, f"what this run measures reaches {longest} of "
+    original = scaling.original_max_position
+    reach = (
+        "for every sequence of this run; the longest, written text included, "
+        f"reaches {longest} of {original} tokens"
+    )
     if config.workload.level is not Level.model:
         return []
     if scaling.type is RopeType.longrope:
         factors = "long" if longest > original else "short"
-        return [f"LongRoPE: {factors} factors, {reach}{original} tokens"]
+        return [f"LongRoPE: {factors} factors {reach}"]
     if scaling.type is RopeType.dynamic:
-        return [f"dynamic NTK RoPE: the base for {max(longest, original)} tokens, {reach}{original} tokens"]
+        return [f"dynamic NTK RoPE: the base for {max(longest, original)} tokens {reach}"]
     return []
 
 

@@ -61,10 +61,9 @@ class Text(Decoding):
         longest = len(self.prompts[0]) + self.most_steps  # read now: what is wrong with the text comes first
         again = options.prompt_len + options.steps  # the re-prefill of the check
         lens = [*[longest] * options.batch_size, max(1, options.shared_prefix_len), again]
-        measured_len = max(lens)
         if self.writes:
-            lens.append(len(self.opening) + options.generate)
-        return Needs(tuple(lens), max(again, options.batch_size * options.chunk_size), measured_len)
+            lens.append(len(self.opening) + options.generate - 1)  # the last token is not read again
+        return Needs(tuple(lens), max(again, options.batch_size * options.chunk_size))
 
     def prepare(self, engine: Engine) -> None:
         self.engine = engine

@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fa_research import workloads
 from fa_research.config import (
     BackendConfig,
     Config,
@@ -28,10 +25,8 @@ from fa_research.config import (
     WorkloadConfig,
     validate,
 )
-from fa_research.engine.attention_stack import AttentionStack
-from fa_research.engine.engine import Engine, build_engine, resolve_device
-from fa_research.engine.model_runner import EngineModel
-from fa_research.models import attention_specs, build_model
+from fa_research.engine.engine import Engine
+from fa_research.runner import build_cell as build
 from fa_research.workloads import Workload
 
 # Lengths that no page size divides.
@@ -87,20 +82,6 @@ def cell(
         setattr(config, name, value)
     validate(config)
     return config
-
-
-def build(config: Config) -> tuple[Workload, Engine]:
-    """The workload and its engine, not prepared yet."""
-    workload = workloads.create(config)
-    needs, specs = workload.needs(), attention_specs(config.model)
-
-    def make_model(device: torch.device, dtype: torch.dtype) -> EngineModel:
-        if config.workload.level is Level.attention:
-            tokens = max([needs.tokens_per_pass, *config.cuda_graph.batch_sizes])
-            return AttentionStack(specs, max_tokens=tokens, dtype=dtype, device=device, seed=config.seed)
-        return build_model(config.model, dtype=dtype, device=device, seed=config.seed)
-
-    return workload, build_engine(config, needs, specs, resolve_device(config), make_model)
 
 
 def prepared(config: Config) -> tuple[Workload, Engine]:

@@ -28,7 +28,7 @@ from fa_research.errors import ConfigError
 from fa_research.measure.cell import check
 from fa_research.workloads.generation import Generation
 from fa_research.workloads.text import Text
-from tests.models.checkpoints import PEERS, edit_config, save, save_tokenizer
+from tests.models.checkpoints import ORIGINAL, PEERS, edit_config, save, save_tokenizer
 from tests.test_runner import run
 from tests.workloads.cells import build, cell, text_file
 
@@ -105,6 +105,34 @@ def test_few_tokens(count: int, folder: Path, tmp_path: Path) -> None:
     assert list(generation.tokens()) == theirs(generation.prompt, count)
 
 
+@pytest.mark.parametrize("name", ["phi3-long", "llama-dynamic"])
+def test_past_the_original_length_it_is_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    """The measured prompts stay below the original length and the written text passes it: the rotation of the run is
+    that of the longest sequence, the written one. Transformers has it for the whole text in one pass (its `generate`
+    keeps keys that dynamic NTK rotated for a shorter text)."""
+    model = save(PEERS[name], tmp_path / "model", vocab_size=300)
+    config = cell_of(tmp_path / "model", tmp_path, prompt_len=8, shared_prefix_len=0)
+    generation, workload = generation_of(config)
+    prompt, tokens = generation.prompt, list(generation.tokens())
+    assert workload.options.prompt_len + workload.most_steps <= ORIGINAL
+    assert len(prompt) < ORIGINAL < len(prompt) + len(tokens) - 1 and len(set(tokens)) > 5
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1 :]
+    assert tokens == logits.argmax(-1).tolist()
+
+
+def test_a_prompt_past_the_original_length_is_continued_as_transformers_does(tmp_path: Path) -> None:
+    """LongRoPE: the long factors from the first token on, on both sides."""
+    model: Any = save(PEERS["phi3-long"], tmp_path / "model", vocab_size=300)
+    text = "what follows is followed by this"
+    config = cell_of(tmp_path / "model", tmp_path, prompt=text, prompt_len=8, shared_prefix_len=0)
+    ids = torch.tensor([list(text.encode())])
+    assert ids.shape[1] > ORIGINAL
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False}
+    expected = model.generate(ids, **options)[0, ids.shape[1] :].tolist()
+    assert list(generation_of(config)[0].tokens()) == expected
+
+
 def test_the_texts_beginning_is_the_default(folder: Path, tmp_path: Path) -> None:
     generation, workload = generation_of(cell_of(folder, tmp_path, prompt=None))
     assert generation.prompt == workload.prompts[0] and len(generation.prompt) == 23
@@ -153,7 +181,7 @@ def test_prompts_that_will_not_do(folder: Path, tmp_path: Path) -> None:
         match="workload.prompt of 121 tokens .* = 161 tokens: must be at most model.max_context_len=160",
     ):
         Text(long).needs()
-    assert max(Text(cell_of(folder, tmp_path, prompt="x" * 120)).needs().seq_lens) == 160
+    assert max(Text(cell_of(folder, tmp_path, prompt="x" * 120)).needs().seq_lens) == 159
     list(generation_of(cell_of(folder, tmp_path, prompt="x" * 120))[0].tokens())
 
 

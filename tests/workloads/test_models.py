@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +86,19 @@ def test_a_run_chooses_its_rotation_and_says_so(
     row = runner.run_cell(config, resolved=to_plain(config), output_dir=tmp_path, multirun=True)
     assert row.status is Status.ok
     (note,) = (note for note in row.notes if note.startswith("LongRoPE"))
-    said = f"LongRoPE: {factors} factors, what this run measures reaches "
-    assert note.startswith(said) and note.endswith(f" of {original} tokens")
-    assert 16 < int(note.removeprefix(said).split()[0]) <= 127
+    assert note.startswith(f"LongRoPE: {factors} factors for every sequence of this run;")
+    reached = re.search(f"reaches ([0-9]+) of {original} tokens$", note)
+    assert reached is not None and 16 < int(reached[1]) <= 127
     torch.testing.assert_close(tables[0][1, 0] / tables[0][0, 0], torch.tensor(turned).cos())
 
 
-def test_text_that_is_only_shown_does_not_choose_the_rotation() -> None:
+def test_written_text_may_be_the_longest_sequence() -> None:
+    """The rotation is set up for every token that is read: of written text, all but the last."""
     options = TextWorkload(batch_size=2, prompt_len=20, shared_prefix_len=4, steps=4, prompt="x = 1")
-    shown, silent = (
-        workloads.create(cell(dataclasses.replace(options, generate=n))).needs() for n in (90, 0)
+    written, short, silent = (
+        workloads.create(cell(dataclasses.replace(options, generate=n))).needs() for n in (90, 3, 0)
     )
-    assert max(shown.seq_lens) > max(silent.seq_lens)
-    assert shown.rope_len == silent.rope_len == max(silent.seq_lens)
+    assert (written.rope_len, short.rope_len, silent.rope_len) == (5 + 90 - 1, 24, 24)
 
 
 @pytest.mark.parametrize("kind", ["decode", "extend"])
