@@ -52,6 +52,8 @@ def test_sizes_go_to_their_fields() -> None:
             {"mask": MaskConfig("sliding_window", 64)},
         ),
         ("Qwen3", {"layer_types": ["full_attention"] * 3}, {"mask": MaskConfig()}),
+        ("Ministral", {"sliding_window": 64}, {"mask": MaskConfig("sliding_window", 64)}),
+        ("Ministral", {"layer_types": ["full_attention"] * 3}, {"mask": MaskConfig()}),
         ("Llama", {"rope_theta": 5e5, "rope_scaling": LLAMA_3}, {"rope_theta": 5e5, "rope_scaling": STRETCHED}),
         (
             "Llama",
@@ -80,7 +82,7 @@ def test_what_transformers_reads(
 @pytest.mark.parametrize(
     ("architecture", "changes", "says"),
     [
-        ("Falcon", {}, "architectures=.*Falcon.* supported are LlamaForCausalLM, MistralForCausalLM, Qwen2For"),
+        ("Falcon", {}, "architectures=.*Falcon.* supported are LlamaForCausalLM, MistralForCausalLM, Ministra"),
         ("Llama", {"architectures": ...}, "architectures=null is not supported"),
         ("Llama", {"architectures": [["x"]]}, "architectures=.*is not supported"),
         ("Llama", {"hidden_size": ..., "vocab_size": "9"}, 'hidden_size is missing.*vocab_size="9": expected a whole'),
@@ -104,6 +106,10 @@ def test_what_transformers_reads(
         ("GptOss", {"swiglu_limit": 8.0}, "swiglu_limit=8.0 is not supported; only 7.0 is"),
         ("Qwen3Moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),
         ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported; every layer must have exp"),
+        ("Mixtral", {"num_experts": 4, "num_local_experts": 8}, "num_experts=4 is not.*beside num_local_experts=8; give"),
+        ("Gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0.0 is not supported; give a number above"),
+        ("Gemma3", {"final_logit_softcapping": -1.0}, "final_logit_softcapping=-1.0 is not supported; give a number"),
+        ("Llama", {"is_causal": False}, "is_causal=false is not supported"),
         ("Qwen3Moe", {"num_experts": 0}, "num_experts=0: expected a whole number above 0"),
         ("Gemma2", {"sliding_window": None}, "sliding_window=null: expected a whole number"),
         ("Phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor=0.75 is not supported; only 1 is"),
@@ -120,6 +126,9 @@ def test_what_transformers_reads(
         ("Llama", {"rope_scaling": {**LLAMA_3, "attention_factor": 2}}, "rope_scaling.attention_factor=2 is not"),
         ("Llama", {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.low_freq_factor is missing"),
         ("Llama", {"rope_scaling": "llama3"}, 'rope_scaling="llama3": expected an object'),
+        ("Phi3", {"rope_scaling": {"type": "linear", "factor": 2}}, "type linear is not supported for this arch.*; defau"),
+        ("Gemma3", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.type=.linear. is not supp.*rope_type"),
+        ("Gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "truncate=false is not supp"),
         ("Gemma3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type=.yarn. is not supported"),
         (
             "Gemma3",
@@ -153,6 +162,7 @@ def test_the_supported_architectures() -> None:
     names = (
         "Llama",
         "Mistral",
+        "Ministral",
         "Qwen2",
         "Qwen3",
         "Qwen3Moe",

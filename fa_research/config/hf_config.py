@@ -103,18 +103,30 @@ def _gemma(reader: Reader, family: Family, hidden_size: int) -> dict[str, Any]:
         "post_norms": True,
         "embedding_scale": hidden_size**0.5,
         "attention_scale": reader.whole("query_pre_attn_scalar", 256) ** -0.5,
-        "softcap": reader.optional("attn_logit_softcapping", family.softcap) or 0.0,
-        "logit_softcap": reader.optional("final_logit_softcapping", family.logit_softcap) or 0.0,
+        "softcap": _cap(reader, "attn_logit_softcapping", family.softcap) if family.softcap else 0.0,
+        "logit_softcap": _cap(reader, "final_logit_softcapping", family.logit_softcap),
     }
 
 
+def _cap(reader: Reader, key: str, default: float | None) -> float:
+    """0 for none, which config.json writes as null: transformers divides by a 0."""
+    cap = reader.optional(key, default)
+    if cap is not None and cap <= 0:
+        reader.refuse(key, "; give a number above 0, or null for none")
+    return cap or 0.0
+
+
 def _moe(reader: Reader, family: Family, default: MoEConfig) -> MoEConfig:
-    count = "num_experts" if reader.raw.get("num_experts") is not None else "num_local_experts"
+    names = [name for name in ("num_experts", "num_local_experts") if reader.raw.get(name) is not None]
+    if len(names) == 2 and reader.raw[names[0]] != reader.raw[names[1]]:
+        reader.refuse(
+            "num_experts", f" beside num_local_experts={json.dumps(reader.raw[names[1]])}; give one"
+        )
     if reader.raw.get("decoder_sparse_step", 1) != 1:
         reader.refuse("decoder_sparse_step", "; every layer must have experts")
     norm = default.norm_topk_prob
     return MoEConfig(
-        num_experts=reader.whole(count, default.num_experts),
+        num_experts=reader.whole(names[0] if names else "num_experts", default.num_experts),
         experts_per_token=reader.whole("num_experts_per_tok", default.experts_per_token),
         norm_topk_prob=reader.flag("norm_topk_prob", norm) if "norm_topk_prob" in family.reads else norm,
         bias=default.bias,
@@ -131,3 +143,5 @@ def _refuse_unsupported(reader: Reader, family: Family) -> None:
             and not (key == "quantization_config" and loadable)
         ):
             reader.refuse(key)
+    if not reader.raw.get("is_causal", True):
+        reader.refuse("is_causal")

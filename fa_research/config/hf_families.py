@@ -40,7 +40,9 @@ class Family:
         original_max_position: the default of a key beside the RoPE table, which comes before the table's.
         local_rope_theta: windowed layers have a rotation of their own.
         gemma: norms after attention and MLP too, a scaled embedding, a scale of the scores and caps that are keys.
-        softcap, logit_softcap: of scores and logits, with `gemma`.
+        softcap, logit_softcap: defaults of the caps of scores and logits, with `gemma`. Where `softcap` is None, the
+            key of the scores' cap is in the config of transformers, but no attention layer applies it.
+        rope_types: those that the configuration class accepts; None: every type that is supported here.
         moe: experts instead of the MLP, with the defaults of their keys.
         quant_methods: of `quantization_config`, what the loader undoes.
     """
@@ -67,6 +69,7 @@ class Family:
     rope_scaling: Mapping[str, Any] | None = None
     local_rope_theta: float | None = None
     original_max_position: int | None = None
+    rope_types: tuple[str, ...] | None = None
     longrope_names: tuple[str, ...] = ("longrope",)
     gemma: bool = False
     softcap: float | None = None
@@ -79,6 +82,7 @@ _GEMMA = ("attention_bias", "attn_logit_softcapping", "final_logit_softcapping")
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(reads=("attention_bias",), kv_heads_are_heads=True),
     "MistralForCausalLM": Family(windows="all"),
+    "MinistralForCausalLM": Family(windows="all", layer_types=True),
     "Qwen2ForCausalLM": Family(qkv_bias=True, windows="last", layer_types=True, window_switch=True),
     "Qwen3ForCausalLM": Family(
         reads=("attention_bias",), head_dim=128, qk_norm=True,
@@ -116,6 +120,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "Phi3ForCausalLM": Family(
         kv_heads_are_heads=True, rms_norm_eps=1e-5, windows="all", sliding_window=None, original_max_position=4096,
-        longrope_names=("longrope", "su", "yarn"),
+        rope_types=("default", "longrope"), longrope_names=("longrope", "su", "yarn"),
     ),
 }  # fmt: skip

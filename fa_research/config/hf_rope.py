@@ -42,7 +42,9 @@ def read_rope(reader: Reader, family: Family) -> Rope:
     """What is not supported goes to the reader's problems."""
     if family.local_rope_theta is not None:
         return _nested(reader, family, family.local_rope_theta)
-    table = reader.table("rope_scaling") or reader.table("rope_parameters") or family.rope_scaling or {}
+    table = reader.table("rope_scaling") or reader.table("rope_parameters")
+    if reader.raw.get("rope_parameters") is None:  # an empty one asks for no scaling
+        table = table or family.rope_scaling or {}
     theta, scaling = _rotation(reader, family, table, _theta(reader, family))
     return Rope(theta, scaling)
 
@@ -65,7 +67,13 @@ def _nested(reader: Reader, family: Family, local_default: float) -> Rope:
     for key in sorted(tables.keys() - {"full_attention", "sliding_attention"}):
         reader.problems.append(f"rope_parameters.{key}={json.dumps(tables[key])} is not supported")
     kinds = Reader(tables, "rope_parameters.", reader.problems)
-    full = {**kinds.table("full_attention"), **reader.table("rope_scaling")}
+    scaled = reader.table("rope_scaling")
+    if "rope_type" not in scaled and scaled.get("type", "default") != "default":
+        # transformers updates a table whose rope_type is default already, and then does not look at type
+        reader.problems.append(
+            f"rope_scaling.type={json.dumps(scaled['type'])} is not supported; name it rope_type"
+        )
+    full = {**kinds.table("full_attention"), **scaled}
     theta, scaling = _rotation(reader, family, full, _theta(reader, family))
     local = kinds.table("sliding_attention")
     local_theta, local_scaling = _rotation(
@@ -94,6 +102,10 @@ def _rotation(
             f"RoPE of type {json.dumps(name)} is not supported; supported are {', '.join(_KEYS)}"
         )
         return theta, RopeScaling()
+    if family.rope_types is not None and name not in family.rope_types:
+        reader.problems.append(
+            f"RoPE of type {name} is not supported for this architecture; {' and '.join(family.rope_types)} are"
+        )
     for key in sorted(raw_table.keys() - _EVERY_TYPE - _KEYS[name]):
         table.refuse(key, f" with RoPE of type {name}")
     return theta, _scaling(name, table, reader, family)
@@ -111,6 +123,10 @@ def _scaling(name: str, table: Reader, reader: Reader, family: Family) -> RopeSc
             low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
             return RopeScaling(RopeType.llama3, table.number("factor"), original, low, high)
         case "yarn":
+            if family.local_rope_theta is not None and not table.raw.get("truncate", True):
+                table.refuse(
+                    "truncate", " in the table of a kind of layer, where transformers does not read it"
+                )
             return _yarn(table, _original_length(table, reader, family, longest), longest)
         case "longrope":
             return _longrope(table, _original_length(table, reader, family, longest), longest)
@@ -119,8 +135,10 @@ def _scaling(name: str, table: Reader, reader: Reader, family: Family) -> RopeSc
 
 
 def _original_length(table: Reader, reader: Reader, family: Family, longest: int) -> int:
-    """Beside the table it comes first, as in transformers."""
-    if reader.raw.get(_LENGTH) is not None or family.original_max_position is not None:
+    """Beside the table it comes first, as in transformers, which does not look for it there where each kind of layer
+    has a table."""
+    nested = family.local_rope_theta is not None
+    if not nested and (reader.raw.get(_LENGTH) is not None or family.original_max_position is not None):
         return reader.whole(_LENGTH, family.original_max_position)
     return table.whole(_LENGTH, longest)
 
@@ -135,7 +153,7 @@ def _yarn(table: Reader, original: int, longest: int) -> RopeScaling:
         original_max_position=original,
         beta_fast=table.number("beta_fast", 32.0) or 32.0,
         beta_slow=table.number("beta_slow", 1.0) or 1.0,
-        truncate=table.flag("truncate", True),
+        truncate=table.flag("truncate", "truncate" not in table.raw),  # null is false, as in transformers
         mscale=table.optional("mscale"),
         mscale_all_dim=table.optional("mscale_all_dim"),
         attention_factor=table.optional("attention_factor"),

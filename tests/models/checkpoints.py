@@ -121,6 +121,7 @@ PEERS = {
     ),
     "llama-yarn": Peer("Llama", YARN),
     "mistral": Peer("Mistral", {"sliding_window": WINDOW}),
+    "ministral": Peer("Ministral", windows("s", "f", "s") | {"head_dim": 96}),
     "qwen2": Peer("Qwen2", rope("default", rope_theta=1e6)),
     "qwen2-window": Peer("Qwen2", QWEN_WINDOW | {"num_hidden_layers": 3, "max_window_layers": 1}),
     "qwen3": Peer("Qwen3", {"head_dim": 64, "hidden_size": 96, "rms_norm_eps": 1e-3}),

@@ -158,6 +158,8 @@ def test_bfloat16_errs_no_more_than_transformers(name: str, tmp_path: Path) -> N
 MATTERS: list[tuple[str, str, Any]] = [
     ("mistral", "mask.size", WINDOW + 1),
     ("mixtral", "mask.size", WINDOW - 1),
+    ("ministral", "local.mask.size", WINDOW + 1),
+    ("ministral", "local.pattern", [True]),
     ("qwen2-window", "local.mask.size", WINDOW + 1),
     ("gemma2", "local.mask.size", WINDOW - 1),
     ("gemma3", "local.mask.size", WINDOW + 1),
