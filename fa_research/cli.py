@@ -78,6 +78,8 @@ def launch(main: Callable[[], Any]) -> None:
         return
     # torch's threads sleep while they wait for one another: beside other programs, spinning costs many times the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A plugin may import JAX before the package does, and JAX would take 75 % of a GPU at its first use.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     register()
     sys.argv[1:] = quote_free_text(options_first(sys.argv[1:]))
     _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"

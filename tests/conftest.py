@@ -14,6 +14,8 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # Each shape that a test runs is compiled for it alone: quickly, then.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# JAX would otherwise take 75 % of a GPU at its first use, whoever imports it first.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Tests run side by side, one per core: more threads each would only wait for one another. Read at torch's import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

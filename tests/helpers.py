@@ -99,7 +99,7 @@ class Scene:
         self.k = [normal(total, spec.num_kv_heads, spec.head_dim) for total in totals]
         self.v = [normal(total, spec.num_kv_heads, spec.v_head_dim) for total in totals]
         if spec.has_sink:
-            self.sinks = torch.randn(spec.num_heads, generator=generator).to(self.device) + 1.0
+            self.sinks = torch.randn(spec.num_heads, generator=generator).to(self.device, self.dtype) + 1.0
         self._fill_cache(totals)
 
     def _fill_cache(self, totals: list[int]) -> None:

@@ -201,7 +201,13 @@ class AttentionBackend(ABC):
         assert metadata is not None, "init_forward_metadata comes first"
         run = self.forward_decode if batch.mode is ForwardMode.DECODE else self.forward_extend
         return run(
-            q_THD, k_cache_NKD, v_cache_NKV, metadata, lowering.spec, sinks_H=sinks_H, return_lse=return_lse
+            aligned(q_THD),
+            k_cache_NKD,
+            v_cache_NKV,
+            metadata,
+            lowering.spec,
+            sinks_H=sinks_H,
+            return_lse=return_lse,
         )
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -224,3 +230,17 @@ class AttentionBackend(ABC):
             for lowering in dict.fromkeys(self.lowerings):
                 self.plan(self._chunked[lowering.chunk] if lowering.chunk else metadata, lowering)
         return metadata
+
+
+ALIGNMENT = 16  # bytes; what TMA and 16-byte loads of kernels ask of addresses and strides
+
+
+def aligned(q_THD: Tensor) -> Tensor:
+    """The queries, copied where their head dim is not contiguous, or where their rows or heads do not begin on
+    multiples of 16 bytes. FA3's TMA destroys the CUDA context over such a view."""
+    size = q_THD.element_size()
+    if q_THD.stride(2) == 1 and not any(
+        n % ALIGNMENT for n in (q_THD.data_ptr(), q_THD.stride(0) * size, q_THD.stride(1) * size)
+    ):
+        return q_THD
+    return q_THD.clone(memory_format=torch.contiguous_format)

@@ -91,11 +91,11 @@ class FA4Backend(AttentionBackend):
         sinks_H: Tensor | None = None,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if sinks_H is not None and return_lse:
-            # The kernel's LSE has the sink in it; ours has not.
+        if sinks_H is not None and (return_lse or sinks_H.dtype is not torch.bfloat16):
+            # The kernel's LSE has the sink in it and ours has not; and sinks of another dtype would be rounded.
             out, lse = self.attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, return_lse=True)
             assert lse is not None
-            return apply_sinks(out, lse, sinks_H), lse
+            return apply_sinks(out, lse, sinks_H), lse if return_lse else None
         band = spec.mask.band()
         assert band is not None, "lowering admits bands only"
         out_THV, lse_HT = self._kernels.flash_attn_varlen_func(
@@ -111,7 +111,7 @@ class FA4Backend(AttentionBackend):
             causal=band.causal,
             # Keys to the left of the query, its own not counted.
             window_size=(band.window - 1, 0) if band.window else (None, None),
-            learnable_sink=None if sinks_H is None else sinks_H.to(torch.bfloat16),
+            learnable_sink=sinks_H,
             softcap=spec.softcap,
             num_splits=1,  # 0 would let it choose splits that it then refuses
             return_lse=return_lse,

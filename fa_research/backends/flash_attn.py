@@ -57,6 +57,8 @@ class FlashAttnBackend(AttentionBackend):
     def lower(self, spec: AttentionSpec) -> Lowering:
         lowering, s = super().lower(spec), self.settings
         reasons = self._kernels.split_reasons(s.num_splits, s.deterministic)
+        if not lowering.chunk:  # chunks that became requests have no window
+            reasons += self._kernels.window_reasons(spec)
         if s.deterministic and s.num_splits > 1:
             reasons += (
                 f"backend.num_splits={s.num_splits}: backend.deterministic=true takes one split; use 0",
@@ -112,13 +114,11 @@ class FlashAttnBackend(AttentionBackend):
         return_lse: bool = False,
         out_THV: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        if sinks_H is not None and return_lse:
-            # The kernel's LSE has the sink in it; ours has not.
+        if sinks_H is not None and (return_lse or sinks_H.dtype not in self._kernels.sinks):
+            # The kernel's LSE has the sink in it and ours has not; and sinks of another dtype would be rounded.
             out, lse = self.attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, return_lse=True)
             assert lse is not None
-            return apply_sinks(out, lse, sinks_H), lse
-        if sinks_H is not None:
-            sinks_H = sinks_H.to(q_THD.dtype)
+            return apply_sinks(out, lse, sinks_H), lse if return_lse else None
         band = _band(spec)
         args = KernelArguments(
             scale=spec.scale,

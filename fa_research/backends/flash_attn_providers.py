@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fa_research.backends.flash_attn_provider import KernelArguments, Provider
+from fa_research.backends.flash_attn_provider import KernelArguments, Provider, WindowFault
 from fa_research.metadata import FlashAttentionMetadata
 
-__all__ = ["PROVIDERS", "KernelArguments", "Provider", "resolve"]
+__all__ = ["PROVIDERS", "KernelArguments", "Provider", "WindowFault", "resolve"]
 
 
 class _WithKVCache(Provider):
@@ -133,6 +133,7 @@ class VLLM(Provider):
     takes_out = True
     gathers = True
     page_size_multiple = {2: 16, 3: 1}
+    window_fault = WindowFault({96: (192, 128), 128: (128, 128), 192: (128, 96), 256: (128, 64)})
 
     def _load(self) -> Any:
         module = importlib.import_module(f"{self.module}.flash_attn_interface")

@@ -13,6 +13,7 @@ from statistics import median
 
 import torch
 
+from fa_research.errors import TimingError
 from fa_research.measure.cupti import CuptiWatch
 
 _DELIMITER = "spin_kernel"  # of torch.cuda._sleep
@@ -65,7 +66,7 @@ def trace(run: Callable[[], object]) -> list[Kernel]:
     watch = CuptiWatch()
     try:
         watch.__enter__()
-    except RuntimeError as error:
+    except (RuntimeError, TimingError) as error:
         raise TraceError(f"torch's profiler does not start ({error})") from error
     try:
         run()

@@ -17,6 +17,7 @@ from fa_research.backends.fa2 import FA2Backend
 from fa_research.backends.fa3 import FA3Backend
 from fa_research.backends.flash_attn import FlashAttnBackend
 from fa_research.backends.flash_attn_providers import PROVIDERS, resolve
+from fa_research.masks import SlidingWindow
 from fa_research.metadata import FlashAttentionMetadata
 from tests.helpers import make_spec
 
@@ -140,3 +141,51 @@ def test_a_pin_takes_that_package(version: int) -> None:
     assert resolve(version, found.module) == (found, ())
     kernels = found(version)
     assert kernels.module == found.module and torch.cuda.is_available()
+
+
+FAULTY = [(96, 192, 128), (128, 128, 128), (192, 128, 96), (256, 128, 64)]  # head dim, rows, keys of a tile
+
+
+@pytest.mark.parametrize(("head_dim", "rows", "keys"), FAULTY)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 16])
+def test_windows_whose_queries_end_in_several_key_tiles_are_refused(
+    head_dim: int, rows: int, keys: int, group: int
+) -> None:
+    """Against the mechanism itself, query by query: keys are counted from the first one that the tile's first query
+    sees, and the causal mask is missing in all key tiles but the last. Two key tiles are right: the window's own mask
+    is applied in the first one."""
+    fault = providers.VLLM.window_fault
+    assert fault is not None
+    tiles = [{row // group for row in range(start, start + rows)} for start in range(0, rows * group, rows)]
+    queries = max(len(tile) for tile in tiles)  # of several that share their KV head
+    for window in range(1, 5 * keys):
+        last_keys = [window - 1 + query for query in range(queries)]
+        last_tile = last_keys[-1] // keys
+        unmasked = [key for key in last_keys if key // keys < last_tile and (key + 1) % keys]
+        assert fault.affects(head_dim, group, window) == (bool(unmasked) and last_tile >= 2), window
+
+
+def test_what_is_right_of_windows_is_not_refused() -> None:
+    """What real models ask: gpt-oss, Mistral, Gemma 2 and 3; and no window at all."""
+    fault = providers.VLLM.window_fault
+    assert fault is not None
+    for head_dim, group, window in ((64, 8, 128), (128, 4, 4096), (256, 2, 4096), (256, 4, 512), (128, 4, 0)):
+        assert not fault.affects(head_dim, group, window)
+    assert fault.affects(128, 4, 2047)  # Phi-3-medium-4k
+
+
+@pytest.mark.parametrize(
+    ("provider", "version", "refused"), [(providers.VLLM, 3, True), (providers.VLLM, 2, False)]
+)
+def test_the_row_says_why_a_window_is_refused(
+    monkeypatch: pytest.MonkeyPatch, provider: type[providers.Provider], version: int, refused: bool
+) -> None:
+    monkeypatch.setattr(flash_attn, "resolve", lambda version, pinned: (provider, ()))
+    monkeypatch.setattr(provider, "_load", lambda self: None)
+    cls = FA3Backend if version == 3 else FA2Backend
+    settings = BackendSettings(torch.device("cuda"), torch.bfloat16, 16, 4096)
+    spec = make_spec((40, 10), 128, SlidingWindow(2047))
+    (lowering,) = cls(settings, [spec]).lowerings
+    assert len(lowering.reasons) == refused
+    if refused:
+        assert "mask sliding_window of 2047 tokens" in lowering.reasons[0]

@@ -9,7 +9,15 @@ import torch
 
 from fa_research.config import TimerKind
 from fa_research.errors import ConfigError, TimingError
-from fa_research.measure.cupti import Interval, busy_ns, check_timer, cupti_problem, span_ns, split_by_marks
+from fa_research.measure.cupti import (
+    Interval,
+    busy_ns,
+    check_timer,
+    cupti_problem,
+    detach_problem,
+    span_ns,
+    split_by_marks,
+)
 
 MARK = "at::cuda::(anonymous namespace)::spin_kernel(long)"
 
@@ -68,3 +76,13 @@ def test_where_there_is_no_cuda_it_is_refused() -> None:
 def test_so_it_is_with_a_torch_that_has_no_cupti() -> None:
     lists_cuda = torch.profiler.ProfilerActivity.CUDA in torch.profiler.supported_activities()
     assert (cupti_problem(torch.device("cuda")) is None) == lists_cuda
+
+
+@pytest.mark.parametrize(
+    ("cuda", "possible"), [("12.6", True), ("13.0", True), ("12.4", False), (None, False)]
+)
+def test_it_is_refused_where_it_could_not_be_detached(cuda: str | None, possible: bool) -> None:
+    problem = detach_problem(cuda)
+    assert (problem is None) == possible
+    if problem:
+        assert "from CUDA 12.6 on" in problem and str(cuda) in problem
