@@ -104,7 +104,7 @@ def test_what_it_asks_of_the_kernels(
     spec = make_spec((4, 2), 64, mask, softcap=4.0, has_sink=True)
     backend = FA4Backend(settings(), [spec])
     metadata = FlashAttentionMetadata.allocate(3, 32, 16, "cpu")
-    q, kv, sinks = torch.zeros(3, 4, 64), torch.zeros(7 * 16, 2, 64), torch.arange(4.0)
+    q, kv, sinks = torch.zeros(3, 4, 64), torch.zeros(7 * 16, 2, 64), torch.arange(4.0, dtype=torch.bfloat16)
     out, lse = backend.attend(q, kv, kv, metadata, spec, sinks_H=sinks)
     assert lse is None and torch.equal(out, torch.ones_like(q))
     (told,) = calls
