@@ -99,12 +99,13 @@ def _rotation(
     name = "longrope" if name in family.longrope_names else name
     if name not in list(_KEYS):  # of a list, because any JSON can be asked for in it
         reader.problems.append(
-            f"RoPE of type {json.dumps(name)} is not supported; supported are {', '.join(_KEYS)}"
+            f"rope_scaling: RoPE of type {json.dumps(name)} is not supported; supported are {', '.join(_KEYS)}"
         )
         return theta, RopeScaling()
     if family.rope_types is not None and name not in family.rope_types:
         reader.problems.append(
-            f"RoPE of type {name} is not supported for this architecture; {' and '.join(family.rope_types)} are"
+            f"rope_scaling: RoPE of type {name} is not supported for this architecture; "
+            f"{' and '.join(family.rope_types)} are"
         )
     for key in sorted(raw_table.keys() - _EVERY_TYPE - _KEYS[name]):
         table.refuse(key, f" with RoPE of type {name}")

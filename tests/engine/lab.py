@@ -98,7 +98,7 @@ class Lab:
     poison: every slot holds NaN until something writes it; for `fa2` and `fa3`, whose kernels may multiply the unused
     end of a request's own last page by an exact zero, a large number, and NaN in the sink page alone.
     specs: what the backend is made for, where layers are to differ; None: the model's own.
-    loaded: a model with 2 KV heads and its own weights, instead of a random one of the lab's.
+    loaded: a model with its own weights, instead of a random one of the lab's.
     """
 
     place: Place
@@ -131,8 +131,8 @@ class Lab:
         pages = self.num_pages or self.max_requests * -(-self.max_context_len // self.page_size)
         self.cache = make_cache(
             pages, self.page_size, max_requests=self.max_requests, max_context_len=self.max_context_len,
-            num_layers=self.num_layers, kv_heads=2, head_dim=self.config.head_dim, dtype=self.place.dtype,
-            device=self.place.device,
+            num_layers=self.num_layers, kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
+            dtype=self.place.dtype, device=self.place.device,
         )  # fmt: skip
         age(self.cache, self.seed)
         self.poison()

@@ -78,7 +78,11 @@ class Peer:
         options = (
             COMMON | self.options | changes | {"attn_implementation": "eager"}
         )  # sdpa has no sinks, no softcap
-        model: torch.nn.Module = model_class(model_class.config_class(**options)).eval()
+        return self.fill(model_class.config_class(**options))
+
+    def fill(self, config: Any) -> torch.nn.Module:
+        """The same for a config of transformers."""
+        model: torch.nn.Module = getattr(transformers, f"{self.family}ForCausalLM")(config).eval()
         self._settle(model)
         generator = torch.Generator().manual_seed(1)
         norm = 0.0 if self.family.startswith("Gemma") else 1.0  # Gemma's are offsets
