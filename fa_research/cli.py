@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fa_research import fingerprint
 from fa_research.config import Config, read_config, to_plain, validate
 from fa_research.config.against import read_against
 from fa_research.config.explain import explain
@@ -155,6 +156,7 @@ def _run_cell(
         from fa_research.isolation import run_apart
 
         return run_apart(config, resolved=resolved, output_dir=output_dir, against=against)
+    fingerprint.take()
     from fa_research.runner import run_cell
 
     return run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun, against=against)

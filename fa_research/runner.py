@@ -15,6 +15,7 @@ from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.engine import Engine, build_engine, resolve_device
 from fa_research.engine.model_runner import EngineModel
 from fa_research.errors import Refusal
+from fa_research.fingerprint import fingerprint
 from fa_research.measure.cell import Measurement, cell_timer, check, measure
 from fa_research.measure.cupti import check_timer
 from fa_research.measure.quality import measure_quality
@@ -73,7 +74,7 @@ def _fill(row: Row, config: Config, against: Config | None, mirror: WandbMirror)
     """Build, write text, check, score, time."""
     check_timer(config.measure.timer, resolve_device(config))
     workload, engine = build_cell(config)  # loading draws its own progress
-    row.environment = environment() | _environment(engine)
+    row.environment = environment(_classes(workload, engine)) | _environment(engine)
     if isinstance(workload, Text) and workload.writes:
         row.generated = _generate(engine, workload)
     with progress(f"{config.backend.name} {config.workload.name}", 4, config.tracking.progress) as tick:
@@ -129,6 +130,8 @@ def _second(row: Row, config: Config, against: Config) -> workloads.Workload:
     workload, engine = _second_engine(config, against)
     about = {"backend", "backend_provider", "lowering", "cuda_graph_mode", "dtype", "kv_dtype"}
     row.environment["against"] = {k: v for k, v in _environment(engine).items() if k in about}
+    if more := fingerprint(_classes(workload, engine)).get("plugins"):
+        row.environment["code"].setdefault("plugins", {}).update(more)
     _check(row, engine, workload, f"measure.against={list(config.measure.against)}: ")
     row.notes += [f"against: {note}" for note in engine.notes]
     return workload
@@ -174,6 +177,12 @@ def _time(
     if result.suspicions:
         row.status = Status.suspect
         row.reasons += result.suspicions
+
+
+def _classes(workload: workloads.Workload, engine: Engine) -> list[type]:
+    """Whose code decides what the cell measures, besides this package."""
+    masks = {type(spec.mask) for spec in attention_specs(engine.config.model)}
+    return [type(workload), type(engine.backend), *masks]
 
 
 def _environment(engine: Engine) -> dict[str, Any]:

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fa_research"
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(["errors", "discovery", "phases", "streams", "config", "spec", "masks", "kernels"], 0),
+    **dict.fromkeys(
+        ["errors", "discovery", "fingerprint", "phases", "streams", "config", "spec", "masks", "kernels"], 0
+    ),
     "kv_cache": 1,
     **dict.fromkeys(["batch", "metadata"], 2),
     "attention": 3,
@@ -45,6 +47,7 @@ HEAVY = {
 }
 WITHOUT_TORCH = {
     "errors",
+    "fingerprint",
     "streams",
     "config",
     "spec",

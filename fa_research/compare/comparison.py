@@ -10,6 +10,7 @@ from pathlib import Path
 from fa_research.compare.cells import Cell, Matching
 from fa_research.compare.estimates import How, choose_metric, higher_is_better
 from fa_research.compare.keys import Question, ask, resolve
+from fa_research.compare.machines import mixed_code
 from fa_research.compare.reading import Record, load, told_on_failure
 from fa_research.compare.verdicts import Regret, Verdict, judge, regrets
 from fa_research.errors import ConfigError
@@ -51,6 +52,13 @@ class Comparison:
     @cached_property
     def regrets(self) -> tuple[list[Regret], int]:
         return regrets(self.cells, self.labels, higher=self.higher)
+
+    @cached_property
+    def mixed_code(self) -> str:
+        """What differs between the code of the rows that are judged against each other; "" where all have one code, or
+        the code is the question."""
+        judged = ([entry.record for entry in cell.entries.values() if entry.estimate] for cell in self.cells)
+        return mixed_code(self.question, list(judged))
 
     @property
     def how(self) -> dict[How, int]:

@@ -13,16 +13,20 @@ from typing import Any, TypeGuard
 
 from fa_research.compare.row_files import read_series, row_files
 from fa_research.config import WORKLOADS, Config, config_hash, to_plain
+from fa_research.config.hashing import NOT_HASHED
 from fa_research.errors import ConfigError, FaResearchError
 from fa_research.tracking import ROWS_FILE, Row, Status
 from fa_research.tracking.columns import flat
+from fa_research.tracking.environment import NOT_TIMED
 from fa_research.tracking.records import numbered_rows
 from fa_research.tracking.wandb_mirror import SERIES_FILE
 
 TIMED = frozenset({Status.ok, Status.suspect, Status.inaccurate})
-_MACHINE = ("gpu", "gpu_driver", "cuda", "python", "git_commit")
+_MACHINE = ("gpu", "gpu_driver", "cuda", "python")
 _CPU = ("cpu", "cpu_threads")  # they count where there is no GPU
-_NOT_TIMED = frozenset({"wandb", "hydra-core", "transformers"})  # packages that no timed call runs through
+# Facts of the code.
+PACKAGE, COMMIT = "code.package", "git_commit"
+NO_FINGERPRINT = "made before fingerprints"
 _SWEEP_FILES = (ROWS_FILE, "multirun.yaml")
 
 
@@ -35,6 +39,7 @@ class Record:
         config: the row's config with dotted keys, and today's defaults for the keys that its version did not have.
         filled: the keys of `config` that are such defaults.
         estimates: what `estimates.estimate` has made of its metrics so far.
+        plugins: the digests of the user's modules that tell its code from that of other rows, by fact.
     """
 
     row: Row
@@ -43,6 +48,7 @@ class Record:
     config: dict[str, Any] = field(default_factory=dict)
     filled: frozenset[str] = frozenset()
     estimates: dict[str, Any] = field(default_factory=dict)
+    plugins: dict[str, str] = field(default_factory=dict)
 
     @property
     def place(self) -> str:
@@ -59,13 +65,39 @@ class Record:
         return above if any((above / name).exists() for name in _SWEEP_FILES) else self.path
 
     @cached_property
+    def sweep(self) -> Path | None:
+        """The folder of its sweep, None where it is of none."""
+        folder = self.path.parent
+        return (
+            folder
+            if any(folder.glob(f"*/{ROWS_FILE}"))
+            else self.source
+            if self.source != self.path
+            else None
+        )
+
+    @cached_property
     def machine(self) -> dict[str, str]:
-        """GPU (or CPU) and versions: what two rows must have in common to be compared without `--across`."""
+        """GPU (or CPU), versions and code: what two rows must have in common to be compared without `--across`."""
         known = self.row.environment
         names = (*_MACHINE, *(() if known.get("gpu") else _CPU))
-        packages = {k: v for k, v in (known.get("packages") or {}).items() if k not in _NOT_TIMED}
+        packages = {k: v for k, v in (known.get("packages") or {}).items() if k not in NOT_TIMED}
         facts = {name: known.get(name) for name in names} | {f"packages.{k}": v for k, v in packages.items()}
-        return {key: str(value) for key, value in sorted(facts.items()) if value is not None}
+        return {key: str(value) for key, value in sorted((facts | self._code).items()) if value is not None}
+
+    @property
+    def _code(self) -> dict[str, Any]:
+        """Two commits may have the same code, and one commit several, where files were not committed: the fingerprint
+        counts, and the commit only of rows that have none."""
+        if self.code:
+            return {PACKAGE: self.code.get("package")} | self.plugins
+        return {PACKAGE: NO_FINGERPRINT, COMMIT: self.row.environment.get(COMMIT)}
+
+    @property
+    def code(self) -> dict[str, Any]:
+        """The fingerprint of the code that made the row; {} of rows that were made before there were fingerprints."""
+        found = self.row.environment.get("code")
+        return found if isinstance(found, dict) else {}
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -133,7 +165,23 @@ def load(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
         _drop_what_is_wrong(record, notes)
         _fill_in(record)
     notes += _version_notes(records)
-    return _latest(_without_copies(records), notes), notes
+    records = _without_copies(records)
+    _tell_plugins_apart(records)
+    return _latest(records, notes), notes
+
+
+def _tell_plugins_apart(records: Sequence[Record]) -> None:
+    """Give the facts of their code to rows where several versions of a module of the user are among them. Rows that did
+    not use the module go with its latest version."""
+    versions: dict[str, list[str]] = {}
+    for record in sorted(records, key=lambda record: record.row.finished):
+        for module, digest in (record.code.get("plugins") or {}).items():
+            versions.setdefault(module, []).append(digest)
+    several = {module: digests[-1] for module, digests in versions.items() if len(set(digests)) > 1}
+    for record in records:
+        if record.code:
+            own = several | (record.code.get("plugins") or {})
+            record.plugins = {f"code.plugins.{module}": own[module] for module in several}
 
 
 def _drop_what_is_wrong(record: Record, notes: list[str]) -> None:
@@ -168,7 +216,9 @@ def _fill_in(record: Record) -> None:
     missing = {
         key: value
         for key, value in defaults.items()
-        if key not in record.config and not any(old.startswith(f"{key}.") for old in record.config)
+        if key.partition(".")[0] not in NOT_HASHED
+        and key not in record.config
+        and not any(old.startswith(f"{key}.") for old in record.config)
     }
     record.filled = frozenset(missing)
     record.config |= missing
@@ -199,15 +249,20 @@ def _without_copies(records: Sequence[Record]) -> list[Record]:
     return list(kept.values())
 
 
+def _same_sweep(one: Record, other: Record) -> bool:
+    return one.sweep is not None and one.sweep == other.sweep
+
+
 def _latest(records: Sequence[Record], notes: list[str]) -> list[Record]:
-    """One record for each config and machine, the one that finished last; a failed one gives way to any later one."""
+    """One record for each config and machine, the one that finished last; a failed one gives way to any later one, and
+    one that its sweep has made again, as it does where the code has changed, to the newer one."""
     kept: list[Record] = []
     dropped: list[Record] = []
     newest: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.row.finished, reverse=True):
         later = newest.setdefault(record.hash, []) if record.hash else []
         failed = record.row.status not in TIMED
-        if any(failed or other.machine == record.machine for other in later):
+        if any(failed or other.machine == record.machine or _same_sweep(other, record) for other in later):
             dropped.append(record)
         else:
             later.append(record)

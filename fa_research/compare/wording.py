@@ -95,8 +95,8 @@ def outcome(comparison: Comparison, cell: Cell, verdict: Verdict) -> str:
 
 
 def summary(comparison: Comparison) -> list[str]:
-    """Who wins how often, in a line for each answer."""
-    lines = []
+    """Who wins how often, in a line for each answer; before that, whether the rows are of one code."""
+    lines = [_other_code(comparison)] if comparison.mixed_code else []
     for label in comparison.labels:
         judged = [v for v in comparison.verdicts if label in v.costs and len(v.costs) > 1]
         won = sum(v.best == (label,) for v in judged)
@@ -153,8 +153,17 @@ def regret_summary(comparison: Comparison) -> str:
         f"{best.cells} cells{rest}, {excess(Ratio(best.worst))} at worst{_at(best)}"
     )
     if best.failed:
-        return f"no answer has a number in all {cells} cells; {text}, and none in {best.failed}"
-    return text
+        text = f"no answer has a number in all {cells} cells; {text}, and none in {best.failed}"
+    return f"{_other_code(comparison)}; {text}" if comparison.mixed_code else text
+
+
+def _other_code(comparison: Comparison) -> str:
+    """A difference between rows of different code may come from either."""
+    title = comparison.question.title
+    return (
+        f"the rows compared were made by different code, so {title} alone does not explain their differences: "
+        f"{comparison.mixed_code}"
+    )
 
 
 def _at(regret: Regret) -> str:

@@ -180,6 +180,7 @@ class SweepConfig:
     fail_fast: bool = False  # stop at the first cell that is wrong or broken
     exclude: list[str] = field(default_factory=list)  # as in 'backend=fa4,kv.page_size=1': cells to leave out
     report: bool = True  # report.html and figures at the end
+    keep_stale: bool = False  # a sweep that goes on keeps the rows of code that has changed since
 
 
 @dataclass(slots=True)

@@ -27,7 +27,10 @@ START_S = 600.0  # for its imports, which on a cold disk take minutes
 _LOOK_S = 2.0  # between looks at whether it lives, where it says nothing
 _LAST_LINES = 8  # of what it wrote to stderr go into the row of a cell that was lost
 _SHOWN_LINES = 100  # of each cell: a failed assertion on a GPU writes one line a thread
-_BOOT = "import sys; sys.path[:] = sys.argv[2:]; from fa_research.isolation.worker import main; main(int(sys.argv[1]))"
+_BOOT = (  # the fingerprint of the code before any of it is imported
+    "import sys; sys.path[:] = sys.argv[2:]; from fa_research import fingerprint; fingerprint.take(); "
+    "from fa_research.isolation.worker import main; main(int(sys.argv[1]))"
+)
 _MEANING = {
     signal.SIGKILL: "from outside, as the kernel does when memory runs out",
     signal.SIGSEGV: "it used memory that is not its own",

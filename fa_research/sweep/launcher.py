@@ -19,6 +19,7 @@ from fa_research.sweep import exclude
 from fa_research.sweep.cells import Cell, Composer
 from fa_research.sweep.lifeline import is_here, prepare_environment
 from fa_research.sweep.outcome import begin, request_stop, rows_by_hash, stop_requested
+from fa_research.sweep.stale import StaleRows
 from fa_research.sweep.view import SweepView, watching
 from fa_research.tracking import Row
 from fa_research.tracking.cell_rows import count_rows, record_failure, rows_of, write_row
@@ -44,7 +45,8 @@ class RowPerCellLauncher(Launcher):
 
     A cell that cannot be composed gets a row that says why. A cell whose config has a row in the sweep's folder is left
     alone, so that a sweep that was killed goes on where it stopped when it is started again with the same
-    `hydra.sweep.dir`, and one that was changed or extended runs only what is new.
+    `hydra.sweep.dir`, and one that was changed or extended runs only what is new. If the code of a row has changed
+    since, its cell is run again, unless `sweep.keep_stale` is set.
 
     It is given all cells at once, and hands them to a launcher of other processes by `batch_size` (None: all).
     """
@@ -133,19 +135,22 @@ class RowPerCellLauncher(Launcher):
                 )
 
     def _without_rows(self, cells: list[Cell]) -> list[Cell]:
-        """The composed cells that have to be run. A row that lies in another cell's folder is copied to this cell's."""
+        """The composed cells that have to be run: those without a row, and those whose row was made by code that has
+        changed since. A row that lies in another cell's folder is copied to this cell's."""
         known = rows_by_hash(self.sweep_dir)
+        stale = StaleRows(keep=bool(self.config.sweep.keep_stale))
         wanted = []
         for cell in cells:
             if cell.error is not None:
                 continue
             row = known.get(cell.hash)
-            if row is None:
+            if row is None or stale.is_to_be_replaced(cell.job, row):
                 wanted.append(cell)
                 continue
             log.info("\t#%d has its row already", cell.job)
             if [last.to_json() for last in rows_of(self._folder(cell))[-1:]] != [row.to_json()]:
                 write_row(self._folder(cell), row)
+        stale.say()
         return wanted
 
     def _folder(self, cell: Cell) -> Path:

@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,63 @@ def test_a_copy_without_history_is_told_its_commit(dirty: bool, monkeypatch: pyt
     finally:
         git.cache_clear()
     assert (facts["git_commit"], facts["git_dirty"]) == ("0123abc", dirty)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A repository with the package in it, which `environment` takes for its own."""
+    for name in ("fa_research/__init__.py", "configs/config.yaml", "README.md", ".gitignore"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("outputs\n" if name == ".gitignore" else "")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "first")
+    module = sys.modules[environment.__module__]
+    monkeypatch.setattr(module, "_REPOSITORY", tmp_path)
+    monkeypatch.delenv("FA_RESEARCH_COMMIT", raising=False)
+    module._git.cache_clear()
+    yield tmp_path
+    module._git.cache_clear()
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("untracked", "dirty"),
+    [
+        ("fa_research/backends/mine.py", True),
+        ("mine.py", True),
+        ("mine.cu", True),
+        ("configs/experiment/mine.yaml", True),
+        ("notes.txt", False),
+        ("sweep/0/.hydra/config.yaml", False),
+        ("outputs/mine.py", False),
+    ],
+)
+def test_untracked_code_makes_a_tree_dirty(untracked: str, dirty: bool, checkout: Path) -> None:
+    (checkout / untracked).parent.mkdir(parents=True, exist_ok=True)
+    (checkout / untracked).write_text("")
+    facts = environment()
+    assert (facts["git_commit"], facts["git_dirty"]) == (git(checkout, "rev-parse", "HEAD"), dirty)
+
+
+def test_the_commit_of_another_project_is_not_told(checkout: Path) -> None:
+    """As where the package is installed into a virtual environment that lies in a repository."""
+    git(checkout, "rm", "-q", "--cached", "fa_research/__init__.py")
+    facts = environment()
+    assert (facts["git_commit"], facts["git_dirty"]) == (None, None)
+
+
+def test_a_repository_that_the_environment_names_is_not_meant(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Git sets GIT_DIR for its hooks, and for what they start."""
+    head = git(checkout, "rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(checkout / "nowhere"))
+    assert environment()["git_commit"] == head
 
 
 def test_it_works_without_git_gpu_and_torch(tmp_path: Path) -> None:
