@@ -133,29 +133,28 @@ def windows(head_dim: int) -> list[int]:
 
 
 class Scan:
-    """Runs cases and writes a row for each."""
+    """Runs cases and writes rows; the first row says what they ran on."""
 
     def __init__(self, provider: Provider, file: TextIO) -> None:
-        self._provider, self._file, self._environment = provider, file, environment()
+        self._provider, self._file = provider, file
+        self.write("environment", {"environment": environment(), "wrong_above": WRONG})
+
+    def errors(self, case: Case) -> tuple[int, float]:
+        """Requests with a wrong query, and the largest error as a share of the request's largest output."""
+        errors = Batch(case).errors(self._provider)
+        return int((~(errors <= WRONG)).any(1).sum()), errors.max().item()  # NaN is wrong
 
     def run(self, part: str, case: Case) -> bool:
         """Whether some query is wrong."""
-        errors = Batch(case).errors(self._provider)
-        wrong = ~(errors <= WRONG)  # NaN is wrong
-        fault = self._provider.window_fault
-        row = {
-            **{name: value for name, value in vars(case).items() if name != "prefixes"},
-            "wrong_requests": int(wrong.any(1).sum()),
-            "requests": len(case.prefixes),
-            "largest_error_fraction": errors.max().item(),
-            "refused": fault is not None and fault.affects(case.head_dim, case.group, case.window),
-        }
-        self.write(part, row)
-        return row["wrong_requests"] > 0
+        requests, error = self.errors(case)
+        about = {name: value for name, value in vars(case).items() if name != "prefixes"}
+        self.write(
+            part, {**about, "wrong_requests": requests, "requests": len(case.prefixes), "error": error}
+        )
+        return requests > 0
 
     def write(self, part: str, row: dict[str, Any]) -> None:
-        about = {"provider": self._provider.module, "environment": self._environment}
-        self._file.write(json.dumps({"part": part, **row, **about}) + "\n")
+        self._file.write(json.dumps({"part": part, "provider": self._provider.module, **row}) + "\n")
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -171,18 +170,24 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def grid(scan: Scan, provider: Provider) -> None:
     """Every window of every shape, and whether what is refused covers what is wrong."""
+    fault = provider.window_fault
     for head_dim in HEAD_DIMS:
         for group in GROUPS:
             tried = windows(head_dim)
-            wrong = {w for w in tried if scan.run("grid", Case(head_dim, group, w, NEW_TOKENS, prefixes(w)))}
-            fault = provider.window_fault
+            found = [scan.errors(Case(head_dim, group, w, NEW_TOKENS, prefixes(w))) for w in tried]
+            wrong = {w for w, (requests, _) in zip(tried, found, strict=True) if requests}
             refused = {w for w in tried if fault is not None and fault.affects(head_dim, group, w)}
+            scan.write("grid", {
+                "head_dim": head_dim, "group": group, "new_tokens": NEW_TOKENS, "requests": len(prefixes(1)),
+                "windows": tried, "wrong_requests": [requests for requests, _ in found],
+                "error": [round(error, 4) for _, error in found], "refused": sorted(refused),
+            })  # fmt: skip
             print(f"head dim {head_dim}, group {group}: wrong {ranges(wrong)}", flush=True)
             print(f"    served though wrong: {ranges(wrong - refused)}; refused though right here: "
                   f"{len(refused - wrong)} of {len(tried)}", flush=True)  # fmt: skip
 
 
-def variants(scan: Scan) -> None:
+def variants(scan: Scan, provider: Provider) -> None:
     """What the fault depends on: new tokens, and how the kernel is called."""
     for window in (254, 381, 382, 383, 2047):
         wrong = [
@@ -191,10 +196,11 @@ def variants(scan: Scan) -> None:
             if scan.run("new_tokens", Case(128, 4, window, n, prefixes(window)))
         ]
         print(f"window {window}: wrong with {ranges(wrong)} new tokens")
+    gathered = ({"gathered": True},) if provider.gathers else ()
     for change in (
         *({"page_size": size} for size in (1, 64, 128)),
         *({"num_splits": splits} for splits in (1, 4)),
-        *({"softcap": 30.0}, {"gathered": True}, {"scheduled": False}, {"right": 1}, {"right": 64}),
+        *({"softcap": 30.0}, {"scheduled": False}, {"right": 1}, {"right": 64}, *gathered),
     ):
         wrong = [
             w for w in (254, 300, 382, 2047)
@@ -238,7 +244,7 @@ def main() -> None:
     print(f"FA3 of {provider.module}")
     with (out / "rows.jsonl").open("a") as file:
         scan = Scan(provider, file)
-        variants(scan)
+        variants(scan, provider)
         if provider.window_fault is not None:
             keys_seen(scan, provider)
         grid(scan, provider)
