@@ -64,6 +64,10 @@ class Unsupported(Refusal):
     verb = "does not support this combination"
 
 
+def _pages(count: int) -> str:
+    return f"{count} page" if count == 1 else f"{count} pages"
+
+
 class KVCacheFull(FaResearchError):
     """The KV cache has too few free pages; the allocator has changed nothing.
 
@@ -82,6 +86,10 @@ class KVCacheFull(FaResearchError):
             f"KV cache full: {self.requested} pages requested, {self.free} pages free; "
             "raise kv.num_pages or kv.memory_fraction, or ask for fewer or shorter requests"
         )
+
+
+class DoesNotFit(FaResearchError):
+    """The cell needs more memory than there is; nothing was built."""
 
 
 class CellLost(FaResearchError):

@@ -12,9 +12,10 @@ import torch
 from fa_research import workloads
 from fa_research.config import Config, Level, config_hash
 from fa_research.engine.attention_stack import AttentionStack
-from fa_research.engine.engine import Engine, build_engine, resolve_device
+from fa_research.engine.engine import Engine, build_engine, create_backend, resolve_device, resolve_dtype
+from fa_research.engine.fits import check_fits
 from fa_research.engine.model_runner import EngineModel
-from fa_research.errors import Refusal
+from fa_research.errors import DoesNotFit, Refusal
 from fa_research.fingerprint import fingerprint
 from fa_research.measure.cell import Measurement, cell_timer, check, measure
 from fa_research.measure.cupti import check_timer
@@ -92,12 +93,19 @@ def _fill(row: Row, config: Config, against: Config | None, mirror: WandbMirror)
 
 
 def build_cell(config: Config) -> tuple[workloads.Workload, Engine]:
-    """The workload of a config and the engine that it needs, not prepared yet."""
-    workload = workloads.create(config)
-    needs = workload.needs()
+    """The workload of a config and the engine that it needs, not prepared yet. Raises DoesNotFit where it cannot fit,
+    but Refusal where the backend could not run it either."""
     specs = attention_specs(config.model)
     if config.workload.level is Level.attention and config.workload.num_layers is not None:
         specs = specs[: config.workload.num_layers]
+    device = resolve_device(config)
+    try:
+        check_fits(config, device)
+    except DoesNotFit:
+        create_backend(config, specs, device, resolve_dtype(config.model.dtype, device), [])
+        raise
+    workload = workloads.create(config)
+    needs = workload.needs()
 
     def make_model(device: torch.device, dtype: torch.dtype) -> EngineModel:
         if config.workload.level is Level.attention:
@@ -108,7 +116,7 @@ def build_cell(config: Config) -> tuple[workloads.Workload, Engine]:
             config.model, dtype=dtype, device=device, seed=config.seed, rope_len=needs.rope_len, progress=shown
         )  # fmt: skip
 
-    return workload, build_engine(config, needs, specs, resolve_device(config), make_model)
+    return workload, build_engine(config, needs, specs, device, make_model)
 
 
 def _check(row: Row, engine: Engine, workload: workloads.Workload, which: str = "") -> None:
@@ -144,7 +152,7 @@ def _second_engine(config: Config, against: Config) -> tuple[workloads.Workload,
     except Refusal as error:
         reasons = [f"measure.against: {reason}" for reason in error.reasons]
         raise type(error)(error.name, reasons, error.alternatives) from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (torch.OutOfMemoryError, MemoryError, DoesNotFit) as error:
         raise MemoryError(
             f"measure.against={list(config.measure.against)} builds a second engine beside the first, and both have "
             f"to fit: {error}"

@@ -15,7 +15,19 @@ PACKAGE = ROOT / "fa_research"
 
 FLOORS: dict[str, int] = {
     **dict.fromkeys(
-        ["errors", "discovery", "fingerprint", "phases", "streams", "config", "spec", "masks", "kernels"], 0
+        [
+            "errors",
+            "discovery",
+            "fingerprint",
+            "phases",
+            "streams",
+            "text",
+            "config",
+            "spec",
+            "masks",
+            "kernels",
+        ],
+        0,
     ),
     "kv_cache": 1,
     **dict.fromkeys(["batch", "metadata"], 2),
@@ -30,7 +42,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(["isolation", "sweep"], 11),
     "cli": 12,
 }
-LEAVES = {"errors", "phases", "streams", "kernels"}  # import nothing else of the package
+LEAVES = {"errors", "phases", "streams", "text", "kernels"}  # import nothing else of the package
 HEAVY = {
     "torch",
     "triton",
@@ -49,6 +61,7 @@ WITHOUT_TORCH = {
     "errors",
     "fingerprint",
     "streams",
+    "text",
     "config",
     "spec",
     "masks",

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from fa_research.config import KVConfig
 from fa_research.errors import ConfigError
+from fa_research.kv_cache.host_memory import free_host_bytes
+from fa_research.text import plural
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes free on the device now (for the CPU: free physical memory)."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch kept of the sweep's last cell is free, but the driver does not know it
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes that can be allocated on the device now; for the CPU see `free_host_bytes`. On a GPU a limit of this
+    process (`torch.cuda.set_per_process_memory_fraction`) counts."""
+    if device.type != "cuda":
+        return free_host_bytes()
+    torch.cuda.empty_cache()  # what torch kept of the sweep's last cell is free, but the driver does not know it
+    free, total = torch.cuda.mem_get_info(device)
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    if fraction < 1:
+        free = max(0, min(free, int(total * fraction) - torch.cuda.memory_reserved(device)))
+    return free
 
 
 def choose_num_pages(kv: KVConfig, *, bytes_per_page: int, pages_needed: int, device: torch.device) -> int:
@@ -30,7 +35,7 @@ def choose_num_pages(kv: KVConfig, *, bytes_per_page: int, pages_needed: int, de
         return pages_needed
     if num_pages < pages_needed:
         raise ConfigError(
-            f"{key} gives {max(num_pages, 0)} pages of kv.page_size={kv.page_size} slots, "
+            f"{key} gives {plural(max(num_pages, 0), 'page')} of kv.page_size={kv.page_size} slots, "
             f"the workload needs {pages_needed}; "
             f"raise it, or lower the workload's batch size or context"
         )

@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from fa_research.errors import CellLost, FaResearchError, KVCacheFull, Refusal
+from fa_research.errors import CellLost, DoesNotFit, FaResearchError, KVCacheFull, Refusal
 from fa_research.tracking.records import Row, Status
 
 _LESS_MEMORY = (
@@ -23,7 +23,10 @@ def _status(error: BaseException) -> Status:
     if isinstance(error, Refusal):
         return Status.unsupported
     # torch's class by name, so that telling it apart needs no torch
-    if isinstance(error, KVCacheFull | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if (
+        isinstance(error, KVCacheFull | DoesNotFit | MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+    ):
         return Status.oom
     # torch's allocator on the CPU; CUDA where not even its context finds room
     said = ("can't allocate memory", "CUDA error: out of memory")

@@ -166,6 +166,7 @@ def test_memory_that_torch_keeps_of_an_earlier_cell_is_free(monkeypatch: pytest.
     kept = [70]
     monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 - sum(kept), 100))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     assert capacity.free_bytes(torch.device("cuda")) == 100
 
 
