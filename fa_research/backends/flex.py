@@ -32,7 +32,7 @@ _SMALLEST_BLOCK = 16  # keys: what a Triton dot takes
 
 class FlexBackend(AttentionBackend):
     """On a GPU Flex is compiled (once per spec, number of tiles and width of the table, the last two in steps) and
-    reads the listed pages alone; it plans on the device in the pass's first layer, so a decode step can be captured.
+    reads the listed pages alone; it plans on the device, so a decode step can be captured.
     On the CPU it computes every score of the pool, with NaN among the values taken as zero, because it multiplies
     those of others by an exact zero.
 
@@ -46,6 +46,7 @@ class FlexBackend(AttentionBackend):
         super().__init__(settings, specs)
         check_options(settings)
         self._runs: dict[tuple[Any, ...], Run] = {}
+        self._num_slots = 0  # of the pool; known from the first pass on
         # torch.compile's backend; None: nothing is compiled.
         self.compiler = "inductor" if settings.device.type == "cuda" else None
 
@@ -105,6 +106,11 @@ class FlexBackend(AttentionBackend):
             f"backend=flex: on the CPU it materialises every score of the pool; for correctness only{without}",
         )
 
+    def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
+        if self._num_slots:
+            num_tokens = sum(metadata.extend_seq_lens_cpu) or metadata.batch_size
+            self._planned(metadata, lowering.spec, num_tokens, self._num_slots)
+
     def attend(
         self,
         q_THD: Tensor,
@@ -120,7 +126,8 @@ class FlexBackend(AttentionBackend):
         on_gpu = q_THD.is_cuda
         if on_gpu:
             self._check_pool(k_cache_NKD, v_cache_NKV)
-        tiles, blocks = self._plan(metadata, spec, q_THD.shape[0], k_cache_NKD.shape[0])
+        self._num_slots = k_cache_NKD.shape[0]
+        tiles, blocks = self._planned(metadata, spec, q_THD.shape[0], self._num_slots)
         q_IRHD = q_THD[:, None] if tiles.token_IR is None else q_THD[tiles.token_IR]
         tensors = (
             q_IRHD.transpose(1, 2),
@@ -139,16 +146,19 @@ class FlexBackend(AttentionBackend):
                 self.name, [f"{numel}: FlexAttention's kernels count in 32 bits; use fewer kv.num_pages"]
             )
 
-    def _plan(
+    def _planned(
         self, metadata: FlashAttentionMetadata, spec: AttentionSpec, num_tokens: int, num_slots: int
     ) -> tuple[Tiles, Blocks]:
-        """Made in the first layer of a pass, because only a layer knows how large the pool is."""
-        plans, key = metadata.plans, (self.name, spec.mask)
-        if self.name not in plans:
-            plans[self.name] = cut(metadata, num_tokens, num_slots)
+        """The tiles of the pass and the pages listed for them, made once a pass and kind of layer. `plan` makes them,
+        but in the first pass, when only a layer knows how large the pool is, and where a JAX call pads its tokens."""
+        plans = metadata.plans
+        cut_key = (self.name, num_tokens, num_slots)
+        key = (*cut_key, spec.mask)
+        if cut_key not in plans:
+            plans[cut_key] = cut(metadata, num_tokens, num_slots)
         if key not in plans:
-            plans[key] = list_pages(metadata, plans[self.name], spec.mask)
-        return plans[self.name], plans[key]
+            plans[key] = list_pages(metadata, plans[cut_key], spec.mask)
+        return plans[cut_key], plans[key]
 
     def _run(
         self, spec: AttentionSpec, page_size: int, return_lse: bool, tensors: tuple[Tensor | None, ...]

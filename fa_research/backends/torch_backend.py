@@ -49,6 +49,9 @@ class TorchBackend(AttentionBackend):
         reason = f"backend.num_splits={splits}: the definition has no splits; use 0"
         return replace(lowering, reasons=(*lowering.reasons, reason))
 
+    def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
+        self._lengths(metadata)
+
     def attend(
         self,
         q_THD: Tensor,

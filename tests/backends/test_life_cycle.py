@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fa_research import backends
+from fa_research.attention.layer import PagedAttention
 from fa_research.attention.lowering import Lowering
 from fa_research.backends.torch_backend import TorchBackend
 from fa_research.masks import Causal, Chunked, Mask, SlidingWindow
 from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import Capabilities
-from tests.helpers import Scene, make_spec, no_synchronisation
+from tests.helpers import DEVICES, Scene, make_spec, no_synchronisation
 
 MIXED = ((0, 6), (20, 1), (15, 18))
 DECODE = ((14, 1), (15, 1), (40, 1), (3, 1))
@@ -161,3 +162,23 @@ def test_an_eager_decode_waits_for_nothing(name: str, device: str, page_size: in
     with no_synchronisation():
         backend.init_forward_metadata(batch, scene.table)
         backend.forward(*args, sinks_H=None, return_lse=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lens", [((40, 1), (3, 1)), ((40, 9), (0, 20))], ids=["decode", "extend"])
+@pytest.mark.parametrize("name", backends.names())
+def test_all_planning_is_in_plan(name: str, lens: tuple[tuple[int, int], ...], device: str) -> None:
+    """What attention plans for itself is missing from `metadata_us`. In the first pass a backend may learn the size of
+    the pool."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    scene = Scene(make_spec((4, 2), 64), lens, 16, dtype, device, decode=lens[0][1] == 1)
+    backend = scene.backend(name)
+    scene.run(backend)
+    batch = scene.batch()
+    metadata = backend.init_forward_metadata(batch, scene.table)
+    planned = dict(metadata.plans)
+    attend = PagedAttention(backend, scene.cache.kv, batch, backend.lowerings)
+    attend(scene.layer_id, *scene.qkv(), rope=None, sinks_H=None)
+    assert {key: id(value) for key, value in metadata.plans.items()} == {
+        key: id(value) for key, value in planned.items()
+    }
