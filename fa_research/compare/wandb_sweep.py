@@ -20,7 +20,7 @@ from fa_research.compare.wandb_lines import lines_of
 from fa_research.config import TrackingConfig, TrackingMode
 from fa_research.tracking import ROWS_FILE
 from fa_research.tracking.columns import DETAIL, main_metrics
-from fa_research.tracking.wandb_runs import open_run, resolve_mode
+from fa_research.tracking.wandb_runs import NAME_CHARS, open_run, resolve_mode, shortened
 
 if TYPE_CHECKING:
     import wandb
@@ -54,7 +54,7 @@ def mirror_sweep(
     group = _group_of_cells(sweep) or sweep_dir.name
     about = {"group": group, "name": f"sweep-{group}", "job_type": JOB_TYPE, "config": {"study": study}}
     with _data_below(sweep_dir):
-        run, _ = open_run(tracking, sweep_dir, study=study, own_id=True, **about)
+        run, _ = open_run(tracking, sweep_dir, study=study, own_id=True, sweep_dir=sweep_dir, **about)
         if run is None:
             return None
         try:
@@ -101,11 +101,13 @@ def _log(run: wandb.Run, sweep: Sweep, files: Sequence[Path], study: str) -> Non
     run.log({"rows": _table(sweep)} | _media(files))
     counted = Counter(str(record.row.status) for record in sweep.records)
     run.summary.update({"cells": len(sweep.records)} | {f"cells_{k}": n for k, n in sorted(counted.items())})
-    artifact = wandb.Artifact(_plain(f"rows-{study}"), type="results", metadata=dict(counted))
+    artifact = wandb.Artifact(
+        _plain(shortened(f"rows-{study}", NAME_CHARS)), type="results", metadata=dict(counted)
+    )
     for path in [sweep.folder / ROWS_FILE, *files]:
         if path.suffix != ".png" and path.is_file():
             artifact.add_file(str(path), name=path.name, skip_cache=True)
-    run.log_artifact(artifact, aliases=["latest", _plain(sweep.folder.name)])
+    run.log_artifact(artifact, aliases=["latest", _plain(shortened(sweep.folder.name, NAME_CHARS))])
 
 
 def _log_lines(run: wandb.Run, comparison: Comparison) -> None:

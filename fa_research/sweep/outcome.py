@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from fa_research.errors import ConfigError
 from fa_research.sweep.lifeline import end_with_launcher
 from fa_research.tracking.cell_rows import rows_of
+from fa_research.tracking.wandb_offline import try_again
 
 if TYPE_CHECKING:
     from fa_research.tracking import Row
@@ -60,6 +61,7 @@ def begin(sweep_dir: Path) -> Outcome:
         os.close(_outcome.lock)
     _outcome = Outcome(lock=_lock(sweep_dir))
     (sweep_dir / _STOP_FILE).unlink(missing_ok=True)
+    try_again(sweep_dir)
     return _outcome
 
 

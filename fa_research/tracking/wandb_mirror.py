@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fa_research.config import Config
 from fa_research.tracking.failures import failed_row
 from fa_research.tracking.records import Row, Status
+from fa_research.tracking.wandb_offline import go_offline, sweep_of
 from fa_research.tracking.wandb_row import log_points, log_row
 from fa_research.tracking.wandb_runs import agents_sweep, note, open_run, place_of
 
@@ -35,8 +36,14 @@ class WandbMirror:
         notes: what went wrong with W&B; `log_row` adds them to the row, so call it before the row is written.
     """
 
-    def __init__(self, output_dir: Path, run: wandb.Run | None = None, notes: Sequence[str] = ()) -> None:
-        self.output_dir = output_dir
+    def __init__(
+        self,
+        output_dir: Path,
+        run: wandb.Run | None = None,
+        notes: Sequence[str] = (),
+        sweep_dir: Path | None = None,
+    ) -> None:
+        self.output_dir, self.sweep_dir = output_dir, sweep_dir
         self.notes = list(notes)
         self.exit_code = 0
         self._run = run
@@ -75,6 +82,10 @@ class WandbMirror:
             run.finish(exit_code=exit_code)
         except Exception as error:
             self._failed("W&B did not finish the run", error)
+            if (
+                self.sweep_dir is not None and not run.offline
+            ):  # a minute's wait, which the next cells need not repeat
+                go_offline(self.sweep_dir, self.notes[-1])
 
     def _mirror(self, action: Callable[[wandb.Run], None]) -> None:
         """Whatever W&B raises, the cell goes on without it: the row on disk is what counts."""
@@ -108,17 +119,19 @@ def wandb_run(
             this process, else with the runs of its study.
     """
     name = "-".join(filter(None, (config.backend.name, config.workload.name, config_hash)))
+    sweep_dir = sweep_of(output_dir) if multirun else None
     run, notes = open_run(
         config.tracking,
         output_dir,
         study=config.study,
         own_id=multirun,
+        sweep_dir=sweep_dir,
         config=resolved,
-        group=output_dir.parent.name if multirun else agents_sweep() or config.study,
+        group=sweep_dir.name if sweep_dir else agents_sweep() or config.study,
         name=name,
         job_type=config.workload.name,
     )
-    mirror = WandbMirror(output_dir, run, notes)
+    mirror = WandbMirror(output_dir, run, notes, sweep_dir)
     try:
         yield mirror
     except Exception as error:

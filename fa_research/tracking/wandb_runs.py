@@ -5,6 +5,7 @@ wandb is imported only when a run is really opened.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import netrc
 import os
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fa_research.config import TrackingConfig, TrackingMode
+from fa_research.tracking.wandb_offline import go_offline, require_reachable, why_offline
 
 if TYPE_CHECKING:
     import wandb
@@ -30,9 +32,13 @@ SETTINGS: dict[str, Any] = {
     "disable_code": True,
     "disable_git": True,
     "disable_job_creation": True,
-    "init_timeout": 30,
+    "init_timeout": 15,
     "finish_timeout": 60,
 }
+
+
+# W&B refuses longer texts. The row and the run's config keep them in full.
+TAG_CHARS, PROJECT_CHARS, NAME_CHARS = 64, 128, 128
 
 
 def agents_sweep() -> str | None:
@@ -41,13 +47,21 @@ def agents_sweep() -> str | None:
 
 
 def open_run(
-    tracking: TrackingConfig, output_dir: Path, *, study: str, own_id: bool, **about: Any
+    tracking: TrackingConfig,
+    output_dir: Path,
+    *,
+    study: str,
+    own_id: bool,
+    sweep_dir: Path | None = None,
+    **about: Any,
 ) -> tuple[wandb.Run | None, list[str]]:
     """A run in the mode that `tracking` asks for, under `output_dir`/wandb; where online fails offline, where that
     fails too, or `tracking` wants none, no run.
 
     Args:
         own_id: take no run id from the environment: this is one of several runs.
+        sweep_dir: of the sweep that the run belongs to. Once one of its runs could not start online, the others start
+            offline at once, and only the first failure is logged.
         about: what `wandb.init` is told besides.
 
     Returns:
@@ -55,6 +69,8 @@ def open_run(
     """
     notes: list[str] = []
     mode = resolve_mode(tracking.mode)
+    if mode is TrackingMode.online and sweep_dir is not None and (said := why_offline(sweep_dir)):
+        mode, notes = TrackingMode.offline, [said]
     attempts = {
         TrackingMode.disabled: [],
         TrackingMode.offline: [mode],
@@ -66,8 +82,24 @@ def open_run(
         except Exception as error:
             instead = "without W&B" if attempt is attempts[-1] else "offline"
             notes.append(note(f"W&B could not start a run in mode {attempt}, went on {instead}", error))
-            log.warning(notes[-1])
+            if attempt is TrackingMode.online:
+                notes[-1] = _tell_offline(notes[-1], output_dir, sweep_dir)
+            else:
+                log.warning(notes[-1])
     return None, notes
+
+
+def _tell_offline(said: str, output_dir: Path, sweep_dir: Path | None) -> str:
+    """Log what kept a run from being online, in a sweep once for all cells; returns what the row says of it."""
+    if sweep_dir is not None and not go_offline(sweep_dir, said):
+        return why_offline(sweep_dir) or said
+    runs, others = (
+        (f"{output_dir}/", "")
+        if sweep_dir is None
+        else (f"{sweep_dir}/{{,*/}}", "; so does every later cell")
+    )
+    log.warning(f"{said}{others}. Nothing is lost: wandb sync {runs}wandb/offline-run-* uploads later")
+    return said
 
 
 def _init(
@@ -80,17 +112,27 @@ def _init(
 ) -> wandb.Run:
     import wandb
 
+    if mode is TrackingMode.online:
+        require_reachable(os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url)
     return wandb.init(
         mode="online" if mode is TrackingMode.online else "offline",
         dir=output_dir,
-        project=tracking.project,
+        project=shortened(tracking.project, PROJECT_CHARS),
         entity=tracking.entity,
-        tags=[study, *tracking.tags],
+        tags=[shortened(tag, TAG_CHARS) for tag in (study, *tracking.tags) if tag],
         id=secrets.token_hex(4) if own_id else None,
         reinit="finish_previous",
         settings=SETTINGS,
-        **about,
+        **about
+        | {key: shortened(about[key], NAME_CHARS) for key in ("group", "name", "job_type") if about.get(key)},
     )
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text that W&B takes: where it has more than `limit` characters its beginning, and a hash of the whole."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def place_of(run: wandb.Run) -> dict[str, str]:

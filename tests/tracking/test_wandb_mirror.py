@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -15,7 +16,8 @@ from fa_research.config import Config, TrackingConfig, TrackingMode, to_plain
 from fa_research.errors import BackendUnavailable
 from fa_research.tracking import ROWS_FILE, Row, RowWriter, Status, read_rows, wandb_run
 from fa_research.tracking.wandb_mirror import SERIES_FILE
-from fa_research.tracking.wandb_runs import SETTINGS, has_key, resolve_mode
+from fa_research.tracking.wandb_offline import SWEEP_FILE, require_reachable, try_again, why_offline
+from fa_research.tracking.wandb_runs import SETTINGS, has_key, resolve_mode, shortened
 
 OFFLINE = Config(study="mirror_test", tracking=TrackingConfig(mode=TrackingMode.offline, tags=["tagged"]))
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,6 +208,71 @@ def test_online_without_a_network_falls_back_to_offline_and_says_so(
     row = cell(tmp_path, config)
     assert "mode online, went on offline" in row.notes[0]
     assert read_back(runs_of(tmp_path)[-1])["summary"]["status"] == "ok"
+
+
+def test_after_the_first_failure_a_sweep_is_offline_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that takes connections and never answers is asked by the first cell alone; a new attempt asks again."""
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setitem(SETTINGS, "init_timeout", 1)
+        sweep = tmp_path / "sweep"
+        for name in ("0", "deep/1", "2"):
+            (sweep / name).mkdir(parents=True)
+        (sweep / SWEEP_FILE).touch()
+        rows = []
+        for name in ("0", "deep/1", "2"):
+            rows.append(cell(sweep / name, Config(), multirun=True))
+            asked.append(_connections(server))
+        assert asked[0] > 0 and asked[1:] == [0, 0]
+        said = [record.message for record in caplog.records if "W&B" in record.message]
+        assert len(said) == 1 and f"wandb sync {sweep}/{{,*/}}wandb/offline-run-* uploads" in said[0]
+        assert {tuple(row.notes) for row in rows} == {tuple(rows[0].notes)} and "went on offline" in rows[
+            0
+        ].notes[0]
+        assert all(runs_of(sweep / name) for name in ("0", "deep/1", "2")), "all of it can be uploaded"
+        assert {row.wandb["group"] for row in rows} == {"sweep"}
+        try_again(sweep)
+        assert why_offline(sweep) is None
+
+
+def _connections(server: socket.socket) -> int:
+    """How many there were since the last call."""
+    server.setblocking(False)
+    kept = []
+    while True:
+        try:
+            kept.append(server.accept()[0])
+        except BlockingIOError:
+            break
+    for connection in kept:
+        connection.close()
+    return len(kept)
+
+
+def test_a_server_that_cannot_be_reached_is_told_before_wandb_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConnectionError, match=r"127.0.0.1:9 cannot be reached: "):
+        require_reachable("http://127.0.0.1:9")
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.setenv("no_proxy", "")
+        require_reachable("http://wandb.example.org")
+
+
+def test_studies_and_tags_of_any_length_reach_w_and_b(tmp_path: Path) -> None:
+    """It refuses tags of more than 64 characters, and groups and projects of more than 128."""
+    study = "s" * 200
+    tracking = TrackingConfig(mode=TrackingMode.offline, tags=["t" * 65, "u" * 64, ""], project="p" * 129)
+    row = cell(tmp_path, Config(study=study, tracking=tracking))
+    found = read_back(runs_of(tmp_path)[0])
+    assert row.notes == []
+    assert {len(tag) for tag in found["tags"]} == {64} and "u" * 64 in found["tags"]
+    assert len(found["tags"]) == 3 and len(found["project"]) == len(row.wandb["group"]) == 128
+    assert found["config"]["study"] == study == row.config["study"], "the whole of it is kept"
+    assert shortened("s" * 65, 64) != shortened("s" * 66, 64)
 
 
 def test_disabled_imports_no_wandb_but_keeps_series(tmp_path: Path) -> None:
