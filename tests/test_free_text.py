@@ -35,6 +35,34 @@ TEXTS = (
 )
 
 
+def read(argument: str) -> list[object]:
+    """The values that Hydra's grammar reads, one of each cell in a sweep."""
+    (override,) = OverridesParser.create().parse_overrides(quote_free_text(["-m", argument])[1:])
+    if not override.is_sweep_override():
+        return [override.value()]
+    return [item.text if isinstance(item, QuotedString) else item for item in override.value().list]
+
+
+@pytest.mark.parametrize("key", ["study", "+tracking.project", "model.path", "tracking.entity"])
+@pytest.mark.parametrize("text", ["2024_01", "1.10", "1e3", "007", "true", "nan", "-1", "v1", "a.b", "1 2"])
+def test_a_text_that_looks_like_a_number_stays_as_it_is_typed(key: str, text: str) -> None:
+    assert read(f"{key}={text}") == [text]
+    assert read(f"{key}={text},b, '1.50'") == [text, "b", "1.50"]
+    assert read(f"{key}=choice({text},b)") == [text, "b"]
+
+
+def test_tags_that_look_like_numbers_stay_as_they_are_typed() -> None:
+    assert read("tracking.tags=[1e3, x,'2.0']") == [["1e3", "x", "2.0"]]
+    assert read("tracking.tags=[]") == [[]]
+
+
+def test_what_is_no_text_is_left_alone() -> None:
+    assert read("tracking.entity=null") == [None]
+    assert read("seed=1_0") == [10]
+    for argument in ("study=range(1,3)", "study=${now:%Y}", "study=", "study=a=b"):
+        assert quote_free_text([argument]) == [argument]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_prompt_is_a_text(text: str) -> None:
     (argument,) = quote_free_text([f"workload.prompt={text}"])

@@ -17,10 +17,29 @@ PATHS = (
     "model.path",
     "workload.path",
 )  # shells leave the ~ in `key=~/folder`, which the grammar does not take
+# Texts that may look like a number or a truth value: the grammar would make 202401 of study=2024_01, 1.1 of 1.10
+# and 1000.0 of 1e3, before the schema makes texts of them again.
+TEXTS = frozenset(
+    {
+        "study",
+        "tracking.project",
+        "tracking.entity",
+        "tracking.tags",
+        "backend.provider",
+        "model.name",
+        *PATHS,
+    }
+)
 OVERRIDES = ("measure.against",)  # lists of overrides, as in [backend=triton]: the grammar takes no = there
 _SWEEPS = {"-m", "--multirun"}
 _IN_QUOTES = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)  # as a whole, unlike 'a' + 'b'
 _TOKENS = re.compile(rf"{_IN_QUOTES.pattern}|.", re.DOTALL)
+_PLAIN = re.compile(
+    r"[^,\[\]()]+"
+)  # an element of a list, of a sweep or of choice(...), where it has no quotes
+_NO_CHOICE = re.compile(
+    r"(range|interval|glob|int|float|bool)\s*\("
+)  # functions whose arguments are no texts
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _OVERRIDE = re.compile(r"[~+]*\w[\w.@:/-]*=|~\w")
 
@@ -34,8 +53,9 @@ def options_first(arguments: Iterable[str]) -> list[str]:
 def quote_free_text(arguments: Iterable[str]) -> list[str]:
     """The command line with the values of `FREE_TEXT` in quotes, but `null` and what is in quotes already, those of
     `PATHS` that begin with `~`, and the elements of `OVERRIDES`. In a sweep a comma parts values, so only the last are
-    changed there: texts with special characters take quotes of their own."""
-    arguments = [_quoted_elements(argument) for argument in arguments]
+    changed there: texts with special characters take quotes of their own. Values of `TEXTS` that the grammar would read
+    as something else are put in quotes everywhere."""
+    arguments = [_quoted_elements(_quoted_numbers(argument)) for argument in arguments]
     return arguments if _SWEEPS & set(arguments) else [_quoted(argument) for argument in arguments]
 
 
@@ -47,6 +67,29 @@ def _quoted(argument: str) -> str:
     if name not in FREE_TEXT or not value or value == "null" or _IN_QUOTES.fullmatch(value):
         return argument
     return f"{key}={quotes(escape(value))}"
+
+
+def _quoted_numbers(argument: str) -> str:
+    """The argument with every element in quotes that the grammar takes for a number or a truth value, if it is one of
+    `TEXTS`."""
+    key, _, value = argument.partition("=")
+    if key.lstrip("+") not in TEXTS or _NO_CHOICE.match(value):
+        return argument
+    changed, end = "", 0
+    for kept in _IN_QUOTES.finditer(value):
+        changed += _PLAIN.sub(_as_text, value[end : kept.start()]) + kept[0]
+        end = kept.end()
+    return f"{key}={changed}{_PLAIN.sub(_as_text, value[end:])}"
+
+
+def _as_text(element: re.Match[str]) -> str:
+    text = element[0].strip()
+    try:
+        (read,) = OverridesParser.create().parse_overrides([f"key={text}"])
+        is_text = not isinstance(read.value(), bool | int | float)
+    except HydraException:
+        is_text = True
+    return element[0] if is_text else quotes(text)
 
 
 def _quoted_elements(argument: str) -> str:
