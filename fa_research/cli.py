@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +25,8 @@ from fa_research.config.explain import explain
 from fa_research.config.free_text import escape, for_shell, options_first, quote_free_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
-from fa_research.errors import FaResearchError
+from fa_research.errors import BackendFault, FaResearchError
+from fa_research.isolation.watcher import watched
 from fa_research.streams import complain, drop
 from fa_research.sweep import (
     gather,
@@ -35,6 +37,7 @@ from fa_research.sweep import (
     stop_requested,
 )
 from fa_research.tracking.cell_rows import count_rows, record_failure
+from fa_research.tracking.failures import log_bug
 
 if TYPE_CHECKING:
     from fa_research.tracking import Row
@@ -127,7 +130,8 @@ def _run(cfg: DictConfig, hydra: Any) -> Row:
         validate(config)
         OmegaConf.save(OmegaConf.create(escape(resolved)), output_dir / "config.yaml")
         against = read_against(config, hydra.job.config_name, hydra.overrides.task)
-        row = _run_cell(config, resolved, output_dir, multirun, against)
+        with nullcontext() if multirun else watched(output_dir, resolved, rows_before):
+            row = _run_cell(config, resolved, output_dir, multirun, against)
     except BrokenPipeError:  # as in `python run.py | head -1`: no fault of the cell, so no row
         _exit_unread()
     except Exception as error:
@@ -139,10 +143,10 @@ def _run(cfg: DictConfig, hydra: Any) -> Row:
         if _is_plain(row, error):
             if not multirun:
                 if isinstance(error, FaResearchError):
-                    _exit_with(str(error))
+                    _exit_with(str(error), FAILED if isinstance(error, BackendFault) else USER_ERROR)
                 _exit_with("; ".join(row.reasons), FAILED)
         else:
-            log.exception("the run failed")
+            log_bug(log, error)
     if not multirun and (code := exit_code([row])):
         raise SystemExit(code)
     return row

@@ -68,6 +68,10 @@ def _pages(count: int) -> str:
     return f"{count} page" if count == 1 else f"{count} pages"
 
 
+class BackendFault(FaResearchError):
+    """A backend broke its contract: its class lacks something, or `attend` returned what no backend may return."""
+
+
 class KVCacheFull(FaResearchError):
     """The KV cache has too few free pages; the allocator has changed nothing.
 

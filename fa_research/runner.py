@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fa_research import workloads
+from fa_research import plugins, workloads
 from fa_research.config import Config, Level, config_hash
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.engine import Engine, build_engine, create_backend, resolve_device, resolve_dtype
@@ -73,6 +73,7 @@ def run_cell(
 
 def _fill(row: Row, config: Config, against: Config | None, mirror: WandbMirror) -> None:
     """Build, write text, check, score, time."""
+    plugins.check()
     check_timer(config.measure.timer, resolve_device(config))
     workload, engine = build_cell(config)  # loading draws its own progress
     row.environment = environment(_classes(workload, engine)) | _environment(engine)

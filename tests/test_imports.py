@@ -36,7 +36,7 @@ FLOORS: dict[str, int] = {
     "models": 5,
     "engine": 6,
     "workloads": 7,
-    "measure": 8,
+    **dict.fromkeys(["measure", "plugins"], 8),
     "tracking": 9,
     **dict.fromkeys(["runner", "compare"], 10),
     **dict.fromkeys(["isolation", "sweep"], 11),

@@ -25,7 +25,7 @@ __all__ = [
 
 @cache
 def _registry() -> dict[str, type[AttentionBackend]]:
-    return discover(__name__, AttentionBackend, plugins())  # type: ignore[type-abstract]
+    return discover(__name__, AttentionBackend, plugins(), reserved=["auto"])  # type: ignore[type-abstract]
 
 
 def names() -> tuple[str, ...]:
@@ -34,11 +34,11 @@ def names() -> tuple[str, ...]:
 
 
 def reasons_against(name: str, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> tuple[str, ...]:
-    """Every reason why backend `name` cannot serve these specs here; empty if it can."""
+    """Every reason why backend `name` cannot serve these specs here; empty if it can. Raises what its methods raise."""
     cls = _registry()[name]
     reasons = cls.unavailable(settings)
     if reasons:
-        return reasons
+        return (reasons,) if isinstance(reasons, str) else tuple(reasons)
     lowerings = dict.fromkeys(cls(settings, specs).lowerings)
     return tuple(dict.fromkeys(reason for lowering in lowerings for reason in lowering.reasons))
 
@@ -55,7 +55,7 @@ def choose(
     for cls in ranked:
         if cls.speed_rank(settings.device) < 0:
             continue
-        reasons = reasons_against(cls.name, settings, specs) or tuple(also(cls.name))
+        reasons = _reasons_or_error(cls.name, settings, specs) or tuple(also(cls.name))
         if not reasons:
             because = "; ".join(passed_over) or "the first choice on this device"
             return cls.name, because
@@ -78,4 +78,14 @@ def create(name: str, settings: BackendSettings, specs: Sequence[AttentionSpec])
 def _alternatives(name: str, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> tuple[str, ...]:
     # Provider, splits and options were meant for the backend that was asked for.
     neutral = replace(settings, provider=None, num_splits=0, options={})
-    return tuple(other for other in names() if other != name and not reasons_against(other, neutral, specs))
+    return tuple(other for other in names() if other != name and not _reasons_or_error(other, neutral, specs))
+
+
+def _reasons_or_error(
+    name: str, settings: BackendSettings, specs: Sequence[AttentionSpec]
+) -> tuple[str, ...]:
+    """The same of a backend that nobody asked for by name, where an error of its methods is a reason too."""
+    try:
+        return reasons_against(name, settings, specs)
+    except Exception as error:
+        return (f"it raised {type(error).__name__}: {error}",)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fa_research.attention.local import chunk_metadata
 from fa_research.attention.lowering import Lowering, lower
+from fa_research.backends.contract import checked
 from fa_research.backends.graph_state import CudaGraphState
 from fa_research.batch import ForwardBatch, ForwardMode
 from fa_research.errors import ConfigError
@@ -127,7 +128,9 @@ class AttentionBackend(ABC):
 
     def attend_into(self, out_THV: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         """`attend` with the output in `out_THV`; returns the LSE. Kernels that take an output override it."""
-        out, lse = self.attend(*args, **kwargs)
+        result, (q_THD, *_, spec) = self.attend(*args, **kwargs), args
+        lse_asked = kwargs.get("return_lse", False)
+        out, lse = checked(result, q_THD, spec, self.name, return_lse=lse_asked, padded=True)
         out_THV[: out.shape[0]].copy_(out)  # tokens past the last cumulative length are padding
         return lse
 
@@ -192,7 +195,8 @@ class AttentionBackend(ABC):
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """One layer's attention with the metadata of this pass, or, with `settings.metadata_per_layer`, with metadata
-        made by the same call anew: for every kind of layer, as a pass makes them."""
+        made by the same call anew: for every kind of layer, as a pass makes them. Raises BackendFault where the result
+        has another shape, dtype or device than `attend` promises."""
         if self.settings.metadata_per_layer and not self._unread and self._renew is not None:
             with mark(METADATA):
                 self._renew()
@@ -200,7 +204,7 @@ class AttentionBackend(ABC):
         metadata = self._chunked[lowering.chunk] if lowering.chunk else self.forward_metadata
         assert metadata is not None, "init_forward_metadata comes first"
         run = self.forward_decode if batch.mode is ForwardMode.DECODE else self.forward_extend
-        return run(
+        result = run(
             aligned(q_THD),
             k_cache_NKD,
             v_cache_NKV,
@@ -209,6 +213,7 @@ class AttentionBackend(ABC):
             sinks_H=sinks_H,
             return_lse=return_lse,
         )
+        return checked(result, q_THD, lowering.spec, self.name, return_lse=return_lse)
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Attention of an EXTEND or MIXED pass; arguments and result are those of `attend`."""

@@ -31,12 +31,18 @@ _BOOT = (  # the fingerprint of the code before any of it is imported
     "import sys; sys.path[:] = sys.argv[2:]; from fa_research import fingerprint; fingerprint.take(); "
     "from fa_research.isolation.worker import main; main(int(sys.argv[1]))"
 )
-_MEANING = {
+_MEANING: dict[int, str] = {
     signal.SIGKILL: "from outside, as the kernel does when memory runs out",
     signal.SIGSEGV: "it used memory that is not its own",
     signal.SIGABRT: "a library gave up",
     signal.SIGBUS: "it used memory that is not there",
 }
+
+
+def killed_by(number: int) -> str:
+    """In words, for a signal's number."""
+    meaning = f" ({_MEANING[number]})" if number in _MEANING else ""
+    return f"was killed by {signal.Signals(number).name}{meaning}"
 
 
 class Worker:
@@ -126,8 +132,7 @@ class Worker:
             return "stopped answering"
         if code >= 0:
             return f"ended with exit code {code}"
-        name = signal.Signals(-code)
-        return f"was killed by {name.name}" + (f" ({_MEANING[name]})" if name in _MEANING else "")
+        return killed_by(-code)
 
     def _last_words(self) -> list[str]:
         words = list(self._errors.last)

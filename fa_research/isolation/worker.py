@@ -23,6 +23,7 @@ from fa_research.isolation.health import context_lost, give_back_memory
 from fa_research.tracking import Status
 from fa_research.tracking.bars import hand_progress_to
 from fa_research.tracking.cell_rows import count_rows, record_failure
+from fa_research.tracking.failures import log_bug
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def _run(request: Request, run_cell: Any) -> Done:
         notes = [f"the GPU's context was lost, so its process was replaced: {lost}"] if lost else []
         row = record_failure(folder, error, request.resolved, rows_before=rows_before, notes=notes)
         if row.status is Status.error and not isinstance(error, FaResearchError):
-            log.exception("the run failed")
+            log_bug(log, error)
         if lost:
             return Done(row.to_json(), lost)
     kept = give_back_memory()

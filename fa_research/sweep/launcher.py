@@ -12,8 +12,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, flag_override
 
+from fa_research import plugins
 from fa_research.config.free_text import quotes
-from fa_research.discovery import check_plugins
 from fa_research.errors import CellLost, ConfigError
 from fa_research.sweep import exclude
 from fa_research.sweep.cells import Cell, Composer
@@ -82,7 +82,7 @@ class RowPerCellLauncher(Launcher):
         self.outcome.folders |= {cell.job: self._folder(cell) for cell in cells}
         wanted = self._without_rows(cells)
         if wanted and (self._in_this_process or is_here(self.launcher)):
-            check_plugins()
+            plugins.check_apart()
         for cell in cells:
             if cell.error is not None:
                 self._refuse(cell, cell.error)

@@ -1,65 +1,62 @@
-"""What kind of row an exception becomes."""
+"""Where a failure came from: the line that its author wrote."""
 
 from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from fa_research.errors import BackendUnavailable, ConfigError, KVCacheFull, Unsupported
-from fa_research.tracking import Status, failed_row
+from fa_research.backends.torch_backend import TorchBackend
+from fa_research.tracking.failures import failed_row, log_bug
+from tests.helpers import Scene, make_spec
+
+SOURCE = """
+import torch
+from fa_research.backends.torch_backend import TorchBackend
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "reasons"),
-    [
-        (
-            BackendUnavailable("fa3", ["no GPU", "no package"], ["torch"]),
-            Status.unsupported,
-            ["no GPU", "no package"],
-        ),
-        (Unsupported("fa2", ["head dim 512"]), Status.unsupported, ["head dim 512"]),
-        (ConfigError("kv.page_size=0"), Status.error, ["kv.page_size=0"]),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_status_and_reasons(error: Exception, status: Status, reasons: list[str]) -> None:
-    row = failed_row(error, {"seed": 0}, "0a1b2c3d")
-    assert (row.status, row.reasons) == (status, reasons)
-    assert (row.config, row.config_hash) == ({"seed": 0}, "0a1b2c3d")
+class Mine(TorchBackend):
+    def attend(self, q_THD, *args, **options):
+        return torch.einsum("abc,d->e", q_THD, q_THD), None
+"""
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (
-            torch.OutOfMemoryError("tried to\nallocate"),
-            "out of memory: OutOfMemoryError: tried to allocate; ",
-        ),
-        (MemoryError(), "out of memory: MemoryError; "),  # Python's own says nothing
-        (
-            RuntimeError("CUDA error: out of memory"),
-            "out of memory: RuntimeError: CUDA error: out of memory; ",
-        ),
-    ],
-)
-def test_out_of_memory_names_what_would_take_less(error: Exception, said: str) -> None:
-    row = failed_row(error)
-    assert row.status is Status.oom
-    (reason,) = row.reasons
-    assert reason.startswith(said)
-    assert "kv.num_pages" in reason
+def error_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exception:
+    """An error that torch's own Python code raises below a plugin's `attend`."""
+    (tmp_path / "mine.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("mine", None)
+    import mine  # type: ignore[import-not-found]
+
+    scene = Scene(make_spec(), ((0, 3),), 4, torch.float32)
+    backend: TorchBackend = mine.Mine(scene.settings(), scene.specs)
+    with pytest.raises(RuntimeError) as error:
+        scene.run(backend)
+    return error.value
 
 
-def test_a_full_cache_is_out_of_memory_and_says_how_full() -> None:
-    row = failed_row(KVCacheFull(12, 3))
-    assert row.status is Status.oom
-    assert "12 pages requested, 3 pages free" in row.reasons[0]
+def test_the_row_names_the_line_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FA_RESEARCH_PLUGINS", "mine")
+    (reason,) = failed_row(error_of(tmp_path, monkeypatch)).reasons
+    assert reason.startswith("RuntimeError: einsum") and reason.endswith("(mine.py:8)")
 
 
-def test_a_bug_names_its_place() -> None:
-    try:
-        raise RuntimeError("boom")
-    except RuntimeError as error:
-        row = failed_row(error)
-    assert row.status is Status.error
-    assert row.reasons[0].startswith("RuntimeError: boom (test_failures.py:")
+def test_the_log_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FA_RESEARCH_PLUGINS", "mine")
+    log_bug(logging.getLogger("fa_research.test"), error_of(tmp_path, monkeypatch))
+    assert "Traceback" in caplog.text and "functional.py" in caplog.text, "nothing of the traceback is lost"
+    assert caplog.records[-1].getMessage() == (
+        f"raised by {tmp_path / 'mine.py'}, line 8, in attend: "
+        'return torch.einsum("abc,d->e", q_THD, q_THD), None'
+    )
+
+
+def test_without_plugins_it_is_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FA_RESEARCH_PLUGINS", raising=False)
+    (reason,) = failed_row(error_of(tmp_path, monkeypatch)).reasons
+    assert "(base.py:" in reason
