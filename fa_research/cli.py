@@ -23,6 +23,7 @@ from fa_research.config import Config, read_config, to_plain, validate
 from fa_research.config.against import read_against
 from fa_research.config.explain import explain
 from fa_research.config.free_text import escape, for_shell, options_first, quote_free_text
+from fa_research.config.preset_texts import number_for_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import BackendFault, FaResearchError
@@ -244,7 +245,9 @@ def _check_folder(config: DictConfig, key: str) -> None:
     """Ends the process unless files can be made in the folder that `key` names."""
     try:
         folder = Path(OmegaConf.select(config, key))
-        if problem := study_problem(config.study):  # before a folder of that name is made
+        if problem := number_for_text(config) or study_problem(
+            config.study
+        ):  # before a folder of that name is made
             _exit_with(problem)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

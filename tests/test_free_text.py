@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 from fa_research.config import Config, TextWorkload, config_hash, to_plain
 from fa_research.config.free_text import escape, for_shell, quote_free_text
+from fa_research.config.preset_texts import number_for_text
 
 TEXTS = (
     "def main(",
@@ -155,3 +157,19 @@ def test_a_folder_is_read_by_shell_and_grammar_as_it_is(folder: str) -> None:
 
 def test_what_needs_no_quotes_has_none() -> None:
     assert for_shell("hydra.sweep.dir", "outputs/a/b-1") == "hydra.sweep.dir=outputs/a/b-1"
+
+
+@pytest.mark.parametrize(
+    ("written", "said"), [("2024_01", True), ("1.10", True), ("1e3", True), ("'1e3'", False), ("v1", False)]
+)
+def test_a_study_that_yaml_reads_as_a_number_is_told(written: str, said: bool, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.write_text(f"# @package _global_\nstudy: {written}\nkv:\n  page_size: 4\n")
+    sources = [{"path": "", "schema": "structured"}, {"path": str(tmp_path), "schema": "file"}]
+    runtime = {"choices": {"experiment": "mine"}, "config_sources": sources}
+    problem = number_for_text(OmegaConf.create({"hydra": {"runtime": runtime}}))
+    expected = f"study: {written} in {file} is no text to YAML; put it in quotes there: study: '{written}'"
+    assert problem == (expected if said else None)
+    runtime["choices"] = {"experiment": None}
+    assert number_for_text(OmegaConf.create({"hydra": {"runtime": runtime}})) is None
