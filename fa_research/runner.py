@@ -19,7 +19,7 @@ from fa_research.errors import DoesNotFit, Refusal
 from fa_research.fingerprint import fingerprint
 from fa_research.measure.cell import Measurement, cell_timer, check, measure
 from fa_research.measure.cupti import check_timer
-from fa_research.measure.quality import measure_quality
+from fa_research.measure.quality import measure_quality, not_finite
 from fa_research.models import attention_specs, build_model
 from fa_research.tracking import (
     ROWS_FILE,
@@ -85,7 +85,11 @@ def _fill(row: Row, config: Config, against: Config | None, mirror: WandbMirror)
         tick()
         _check(row, engine, workload)
         if config.measure.quality and isinstance(workload, Text) and engine.stack is None:
-            row.metrics |= measure_quality(engine, workload)
+            quality = measure_quality(engine, workload)
+            row.metrics |= quality
+            if reason := not_finite(quality):
+                row.status = Status.inaccurate
+                row.reasons.append(reason)
         tick()
         other = _second(row, config, against) if against is not None else None
         if row.status is Status.ok:
@@ -129,9 +133,7 @@ def _check(row: Row, engine: Engine, workload: workloads.Workload, which: str = 
     row.checks |= {f"against_{name}" if which else name: value for name, value in checks.items()}
     if not passed:
         row.status = Status.inaccurate
-        row.reasons.append(
-            f"{which}differs from the float64 oracle by more than the tolerance: {_worst(checks)}"
-        )
+        row.reasons.append(f"{which}{_why_inaccurate(checks)}")
 
 
 def _second(row: Row, config: Config, against: Config) -> workloads.Workload:
@@ -207,6 +209,16 @@ def _environment(engine: Engine) -> dict[str, Any]:
         "cuda_graph_mode": (engine.decode_mode or engine.graph_mode).value,
         "triton_interpreter": engine.backend.name == "triton" and engine.device.type == "cpu",
     }
+
+
+def _why_inaccurate(checks: dict[str, Any]) -> str:
+    """Why the check failed, and where."""
+    faults = dict.fromkeys(text for name, text in checks.items() if name.endswith("_fault"))
+    places = dict.fromkeys(text for name, text in checks.items() if name.endswith("_where"))
+    why = "differs from the float64 oracle by more than the tolerance"
+    if faults:
+        why = f"failed against the float64 oracle: {'; '.join(faults)}"
+    return "; ".join([f"{why}: {_worst(checks)}", *places])
 
 
 def _worst(checks: dict[str, Any]) -> str:

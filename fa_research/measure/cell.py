@@ -18,6 +18,7 @@ from fa_research.engine.engine import Engine
 from fa_research.measure import nvml
 from fa_research.measure.against import time_against
 from fa_research.measure.ledger import ledger
+from fa_research.measure.numerics import Verdict
 from fa_research.measure.nvml import open_monitor
 from fa_research.measure.oracle import Oracle, check_attention, compare_logits, reprefill
 from fa_research.measure.roofline import measure_roof, measure_roof_again
@@ -57,17 +58,28 @@ def check(engine: Engine, workload: Workload) -> tuple[bool, dict[str, Any]]:
     max_requests = engine.config.measure.check_requests
     passes, cases = workload.checked_passes()
     if engine.stack is not None:
-        verdict = check_attention(engine, passes, max_requests)
-        return verdict.passed, verdict.checks("attention")
+        verdict, where = check_attention(engine, passes, max_requests)
+        return verdict.passed, verdict.checks("attention") | _failure("attention", verdict, where)
     oracle = Oracle(engine, cases)
-    verdict = oracle.judge([case.logits_MX for case in cases])
-    passed, columns = verdict.passed, verdict.checks("logits")
+    passed, columns = _judged(oracle, "logits", [case.logits_MX for case in cases])
     if workload.reprefill:
         again = reprefill(engine, cases)
-        verdict = oracle.judge(again)
-        passed = passed and verdict.passed
-        columns |= verdict.checks("reprefill") | compare_logits(cases, again)
+        passed_again, more = _judged(oracle, "reprefill", again)
+        passed = passed and passed_again
+        columns |= more | compare_logits(cases, again)
     return passed, columns
+
+
+def _judged(oracle: Oracle, name: str, results: list[Tensor]) -> tuple[bool, dict[str, Any]]:
+    verdict = oracle.judge(results)
+    where = "" if verdict.passed else oracle.where(results, verdict)
+    return verdict.passed, verdict.checks(name) | _failure(name, verdict, where)
+
+
+def _failure(name: str, verdict: Verdict, where: str) -> dict[str, str]:
+    """Columns of a verdict that failed alone: which side is not finite, and where the result is off."""
+    said = {f"{name}_fault": verdict.fault, f"{name}_where": where}
+    return {column: text for column, text in said.items() if text}
 
 
 def cell_timer(engine: Engine) -> tuple[Timer, list[str]]:
@@ -234,5 +246,5 @@ def _rates(
     result.metrics["roof_read_GB_per_s"] = roof.read_bytes_per_s / 1e9
     result.metrics["roof_from"] = f"cached {roof.measured}" if roof.cached else "measured"
     result.metrics[f"{name}_roof_fraction"] = fraction
-    if fraction > _ABOVE_ROOF and result.metrics["timing_l2"] == "cold":
+    if not fraction <= _ABOVE_ROOF and result.metrics["timing_l2"] == "cold":
         result.suspicions.append(f"{name} reached {fraction:.2f} of the measured roof, which cannot be")

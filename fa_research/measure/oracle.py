@@ -18,6 +18,7 @@ from fa_research.engine.engine import Engine
 from fa_research.kernels import ops
 from fa_research.kv_cache import TokenToKVPool
 from fa_research.measure.numerics import Verdict, judge, judge_median_row, judge_rows
+from fa_research.measure.where import Name, where_off
 from fa_research.spec import AttentionSpec
 from fa_research.workloads.base import Case, Pass, pick
 
@@ -136,6 +137,7 @@ class Oracle:
     def __init__(self, engine: Engine, cases: Sequence[Case]) -> None:
         model = engine.runner.model
         assert isinstance(model, nn.Module) and isinstance(model.layers, nn.ModuleList)
+        self._cases = cases
         experts, wide = engine.config.model.moe.num_experts, engine.dtype in (torch.float32, torch.float64)
         self._judge = judge_median_row if experts and not wide else judge
         self._baselines = [case_logits(engine, case, engine.dtype) for case in cases]
@@ -147,15 +149,40 @@ class Oracle:
         median position."""
         return self._judge(zip(results, self._baselines, self._references, strict=True))
 
+    def where(self, results: Sequence[Tensor], verdict: Verdict) -> str:
+        """Where a result that failed is off: request, position and vocabulary id."""
+
+        def name(case: Case) -> Name:
+            def at(index: tuple[int, ...]) -> str:
+                position = case.prefix_len + int(case.at_M[index[0]])
+                return f"request {case.row}, position {position}, vocabulary id {index[1]}"
+
+            return at
+
+        sides = zip(map(name, self._cases), results, self._baselines, self._references, strict=True)
+        return where_off(sides, verdict.tolerance, "positions")
+
 
 @torch.no_grad()
-def check_attention(engine: Engine, passes: Sequence[Pass], max_requests: int) -> Verdict:
+def check_attention(engine: Engine, passes: Sequence[Pass], max_requests: int) -> tuple[Verdict, str]:
     """Every layer's attention output of these passes (each the last of its mode and size) against float64, for some
-    requests and rows."""
+    requests and rows; where it fails, also the place of the worst value."""
     stack, kv = engine.stack, engine.cache.kv
     assert stack is not None
 
-    def triples(done: Pass) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def name(done: Pass, i: int, layer_id: int, positions: Tensor) -> Name:
+        def at(index: tuple[int, ...]) -> str:
+            position = int(positions[index[0]])
+            slot = int(engine.runner.req_to_token_RW[done.rows[i], position])
+            page, inside = divmod(slot, engine.cache.page_size)
+            return (
+                f"{done.mode.name.lower()} pass, request {i}, position {position}, layer {layer_id}, head {index[1]}, "
+                f"dim {index[2]} (the token is in page {page}, slot {inside} of it)"
+            )
+
+        return at
+
+    def named(done: Pass) -> Iterator[tuple[Name, Tensor, Tensor, Tensor]]:
         for i in pick(len(done.rows), max_requests):
             seq_len, extend_len = done.seq_lens[i], done.extend_lens[i]
             prefix_len, first = seq_len - extend_len, done.first_query[i]
@@ -173,9 +200,14 @@ def check_attention(engine: Engine, passes: Sequence[Pass], max_requests: int) -
                     attention(q, k, v, positions, spec, sinks_H=stack.sinks_H, compute_dtype=dtype)[0]
                     for dtype in (engine.dtype, torch.float64)
                 )
-                yield stack.outputs[done.mode, done.num_tokens][layer_id][rows], baseline, reference
+                result = stack.outputs[done.mode, done.num_tokens][layer_id][rows]
+                yield name(done, i, layer_id, positions), result, baseline, reference
 
-    return judge_rows(triple for done in passes for triple in triples(done))
+    def everything() -> Iterator[tuple[Name, Tensor, Tensor, Tensor]]:
+        return (one for done in passes for one in named(done))
+
+    verdict = judge_rows(triple for _, *triple in everything())  # type: ignore[misc]
+    return verdict, "" if verdict.passed else where_off(everything(), None, "queries")
 
 
 @torch.inference_mode()
@@ -199,8 +231,9 @@ def compare_logits(cases: Sequence[Case], again: Sequence[Tensor]) -> dict[str, 
     """Largest difference between the cases' logits and the re-prefilled ones, and the share of positions where both
     choose the same token."""
     pairs = [(case.logits_MX, logits) for case, logits in zip(cases, again, strict=True)]
+    differences = torch.stack([(a.double() - b.double()).abs().max() for a, b in pairs])  # max keeps NaN
     agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs])
     return {
-        "reprefill_max_difference": max((a.double() - b.double()).abs().max().item() for a, b in pairs),
+        "reprefill_max_difference": differences.max().item(),
         "reprefill_top1_agreement": agree.double().mean().item(),
     }

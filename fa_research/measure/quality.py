@@ -77,6 +77,19 @@ def measure_quality(engine: Engine, workload: Text) -> dict[str, float]:
     return columns
 
 
+def not_finite(columns: dict[str, float]) -> str:
+    """Why these columns are no quality at all; empty where they are finite. A perplexity alone may be past float64."""
+    wrong = [
+        f"{k}={v:g}" for k, v in columns.items() if not math.isfinite(v) and not k.endswith("perplexity")
+    ]
+    if not wrong:
+        return ""
+    return (
+        f"quality is not finite: {', '.join(wrong)}; the logits hold NaN or infinities, or the tokens no bytes; where "
+        "they overflow in float16, use model.dtype=bfloat16 or float32"
+    )
+
+
 def _score_pass(
     scores: Scores, workload: Text, is_shared: bool, batch: ForwardBatch, hidden_TE: Tensor
 ) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from fa_research.measure.numerics import judge, judge_median_row, judge_rows
+from fa_research.measure.numerics import Verdict, judge, judge_median_row, judge_rows
 
 ONE = torch.ones(4, dtype=torch.float64)
 NAN = torch.tensor([1.0, float("nan"), 1.0, 1.0], dtype=torch.float64)
@@ -112,3 +113,27 @@ def test_the_median_row_forgives_no_request_that_is_wrong_throughout() -> None:
     verdict = judge_median_row([right, wrong, right])
     assert not verdict.passed and verdict.max_error > 4
     assert verdict.relative_error == judge([right, wrong, right]).relative_error
+
+
+@pytest.mark.parametrize("verdict_of", [judge, judge_rows, judge_median_row])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("side", ["result", "baseline", "reference"])
+def test_one_value_that_is_not_finite_fails_every_verdict_and_is_named(
+    verdict_of: Callable[..., Verdict], bad: float, side: str
+) -> None:
+    """Also in a row that is neither the worst nor the median one."""
+    sides = dict.fromkeys(("result", "baseline", "reference"), torch.ones(9, 4, dtype=torch.float64))
+    assert verdict_of([tuple(sides.values())]).fault == ""
+    sides[side] = sides[side].clone()
+    sides[side][1, 2] = bad
+    verdict = verdict_of([tuple(sides.values())])
+    assert not verdict.passed and side in verdict.fault.split("(")[0]
+    assert ("1 NaN" if math.isnan(bad) else "1 infinite") in verdict.fault
+
+
+@pytest.mark.parametrize("verdict_of", [judge, judge_rows, judge_median_row])
+def test_a_baseline_that_overflows_excuses_nothing(verdict_of: Callable[..., Verdict]) -> None:
+    reference = torch.full((9, 4), 7e4, dtype=torch.float64)
+    verdict = verdict_of([(reference.half(), reference.half(), reference)])
+    assert not verdict.passed
+    assert "float16 overflows: its values pass 65,504; use model.dtype=bfloat16 or float32" in verdict.fault

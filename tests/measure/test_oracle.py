@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,33 @@ def test_a_mistake_is_caught(
     what = "attention" if level is Level.attention else "logits"
     assert not passed and columns[f"{what}_passed"] is False
     assert not columns[f"{what}_max_error"] <= columns[f"{what}_tolerance"]
+
+
+@EACH_LEVEL
+def test_where_a_result_is_off_is_said(monkeypatch: pytest.MonkeyPatch, level: Level) -> None:
+    _, columns, engine, workload = checked(monkeypatch, NaNInLastRow, CAUSAL, "extend", level)
+    if level is Level.model:
+        assert "NaN" in columns["logits_fault"] and "result has" in columns["logits_fault"]
+        assert re.match(
+            r"worst at request \d+, position 13, vocabulary id 0: result nan", columns["logits_where"]
+        )
+        return
+    slot = int(engine.runner.req_to_token_RW[workload.current_pass().rows[2], 13])
+    assert columns["attention_where"].startswith(
+        "worst at extend pass, request 2, position 13, layer 0, head 0, dim 0 "
+        f"(the token is in page {slot // 16}, slot {slot % 16} of it): result nan"
+    )
+    assert "2 of " in columns["attention_where"] and "in 2 of 36 queries" in columns["attention_where"]
+
+
+def test_logits_that_pass_float16_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Right)
+    workload, engine = prepared(cell("decode", model=model_config(dtype=Dtype.float16)))
+    assert isinstance(engine.runner.model, Decoder)
+    with torch.no_grad():
+        engine.runner.model.head *= 6e4 / engine.runner.model.head.abs().max().item()
+    passed, columns = check(engine, workload)
+    assert not passed and "baseline in float16 overflows" in columns["logits_fault"]
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, WINDOW, CHUNK])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fa_research.config import L2State
-from fa_research.measure.pairs import time_pairs
+from fa_research.measure.pairs import Pairs, time_pairs
 from fa_research.measure.timing import Timer
 
 CPU = torch.device("cpu")
@@ -47,3 +47,8 @@ def test_on_a_gpu_too() -> None:
     x = torch.randn(4096, 4096, device="cuda")
     found = time_pairs(lambda: x @ x, lambda: x[:64] @ x, timer(torch.device("cuda")), pairs=10)
     assert found.low > 1
+
+
+def test_an_interval_that_is_no_number_ranks_nobody() -> None:
+    assert Pairs((), (), 1.0, float("nan"), float("nan")).is_tie
+    assert not Pairs((), (), 0.8, 0.7, 0.9).is_tie and not Pairs((), (), 1.2, 1.1, 1.3).is_tie

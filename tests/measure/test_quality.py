@@ -25,7 +25,7 @@ from fa_research.config import (
 )
 from fa_research.config.checkpoint import take_from_folder
 from fa_research.errors import Refusal
-from fa_research.measure.quality import measure_quality
+from fa_research.measure.quality import measure_quality, not_finite
 from fa_research.workloads.text import Text
 from tests.measure.broken import (
     FirstTableForAll,
@@ -245,3 +245,10 @@ def test_float32_on_a_gpu_agrees_everywhere(trained: tuple[Path, Path]) -> None:
     here, _ = quality_of(cell_of(*trained))
     for name in ("bits_per_byte", "decode_bits_per_byte", "oracle_bits_per_byte"):
         assert columns[name] == pytest.approx(here[name], rel=1e-3)
+
+
+def test_quality_that_is_not_finite_is_said() -> None:
+    good = {"bits_per_byte": 1.0, "top1_agreement": 1.0, "perplexity": float("inf")}
+    assert not_finite(good) == ""  # exp() overflows past 709 nats a token: bad, but a number
+    for bad in ("nan", "inf"):
+        assert f"decode_bits_per_byte={bad}" in not_finite(good | {"decode_bits_per_byte": float(bad)})

@@ -36,6 +36,7 @@ def test_good_numbers_pass() -> None:
         ("self_test_host_ratio", 2.0),
         ("self_test_cold_over_warm", 1.01),
         ("self_test_cold_over_warm", float("nan")),
+        ("self_test_cold_over_warm", float("inf")),
     ],
 )
 def test_each_bad_one_is_named(name: str, value: float) -> None:
