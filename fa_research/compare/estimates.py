@@ -67,7 +67,9 @@ def _estimate(record: Record, metric: str) -> Estimate | None:
     value = _positive(record, metric)
     if value is None:
         return None
-    time_us = metric.removesuffix(_RATE) + "_us" if metric.endswith(_RATE) else metric
+    time_us = metric
+    if metric.endswith(_RATE):
+        time_us = metric.removesuffix(_RATE).removesuffix("_computed").removesuffix("_prompt") + "_us"
     if time_us != metric and (time := estimate(record, time_us)) and time.draws is not None:
         scale = value * time.value  # a rate is this over a time
         p10, p90 = (None if other is None else scale / other for other in (time.p90, time.p10))

@@ -137,7 +137,11 @@ def _measure_unit(engine: Engine, workload: Workload, unit: Unit, timer: Timer, 
     """The unit's times, the host's own among them, and what they come to beside the roof."""
     timing = timer.time(unit.run, unit.samples, reset=unit.reset)
     result.add(unit.name, timing)
-    result.metrics[f"{unit.name}_tokens_per_s"] = unit.tokens / timing.median_us * 1e6
+    counts = {"": unit.tokens}
+    if unit.prompt_tokens is not None:
+        counts = {"computed_": unit.tokens, "prompt_": unit.prompt_tokens}
+    for kind, tokens in counts.items():
+        result.metrics[f"{unit.name}_{kind}tokens_per_s"] = tokens / timing.median_us * 1e6
     result.metrics["timing_method"], result.metrics["timing_l2"] = timing.method, timing.l2
     result.series[f"{unit.name}_us"] = timing.samples_us
     if unit.host_time and engine.device.type == "cuda":  # on the CPU the host does all of it

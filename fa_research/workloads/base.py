@@ -63,7 +63,8 @@ class Unit:
     `samples` how many times it is to be timed. `reset` puts back what `run` moves on (the context's length),
     so that every series of samples starts alike. `host_time`: time the host's share too (what launching it
     costs). `launch` is `run` with its kernels launched one by one, where `run` may replay a graph: the ledger
-    learns from it what each kernel is for."""
+    learns from it what each kernel is for. `prompt_tokens`: of a prefill, all tokens of the prompts, those among them
+    that were in the cache, or shared and computed once; `tokens` are then those that were computed."""
 
     name: str
     run: Callable[[], object]
@@ -72,6 +73,7 @@ class Unit:
     host_time: bool = False
     reset: Callable[[], object] = nothing
     launch: Callable[[], object] | None = None
+    prompt_tokens: int | None = None
 
 
 class Workload(ABC):

@@ -54,7 +54,9 @@ class _RaggedPass(Workload):
     def units(self) -> list[Unit]:
         # One name for all chunk sizes, that of text's chunked prefill: also for a chunk that holds everything.
         name = "extend_pass" if self._chunk_size() is None else "prefill"
-        return [Unit(name, self._run, sum(map(len, self.tokens)), self.config.measure.repeats)]
+        new = sum(map(len, self.tokens))
+        whole = None if name == "extend_pass" else sum(prefix + count for prefix, count in self._lens())
+        return [Unit(name, self._run, new, self.config.measure.repeats, prompt_tokens=whole)]
 
     def _run(self) -> Tensor | None:
         for batch in self._batches:

@@ -96,11 +96,14 @@ class Text(Decoding):
         return Generation(engine, self.tokenizer, self.opening, options.generate, options.chunk_size)
 
     def units(self) -> list[Unit]:
-        size = self.options.batch_size
+        size, prompt_len, shared = (
+            int(x) for x in (self.options.batch_size, self.options.prompt_len, self.options.shared_prefix_len)
+        )
+        # Whole pages of the prefix are shared; what is left of it each prompt computes again.
+        computed = shared + size * (prompt_len - self._shared_slots())
+        repeats = min(5, self.config.measure.repeats)
         return [
-            Unit(
-                "prefill", self.prefill, size * self.options.prompt_len, min(5, self.config.measure.repeats)
-            ),
+            Unit("prefill", self.prefill, computed, repeats, prompt_tokens=size * prompt_len),
             self.decode_unit(size, self._restart),
         ]
 
@@ -163,9 +166,11 @@ class Text(Decoding):
     def _last_prefill_pass(self) -> Pass:
         """The prompts' last chunks; all prompts are as long and share as much."""
         size, prompt_len = len(self.requests), int(self.options.prompt_len)
-        shared_slots = (
-            int(self.options.shared_prefix_len) // self.engine.cache.page_size * self.engine.cache.page_size
-        )
-        last = (prompt_len - shared_slots - 1) % int(self.options.chunk_size) + 1
+        last = (prompt_len - self._shared_slots() - 1) % int(self.options.chunk_size) + 1
         rows = [request.row for request in self.requests]
         return Pass(rows, [prompt_len] * size, [last] * size, last * size, ForwardMode.EXTEND)
+
+    def _shared_slots(self) -> int:
+        """Tokens of the shared prefix in whole pages, which no prompt computes for itself."""
+        page_size = self.engine.cache.page_size
+        return int(self.options.shared_prefix_len) // page_size * page_size

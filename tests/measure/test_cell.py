@@ -14,6 +14,7 @@ from fa_research.measure.roofline import Roof, measure_roof
 from fa_research.measure.timing import Timer
 from fa_research.measure.work import attention_work
 from fa_research.models import Decoder
+from fa_research.workloads.text import Text
 from tests.measure.test_ledger import plan_on_the_host
 from tests.workloads.cells import LEVELS, cell, prepared
 
@@ -36,7 +37,8 @@ def test_every_unit_has_its_columns(name: str, level: Level) -> None:
     result = measure(engine, workload, timer, lambda: ticks.append(1))
     parts = ["metadata", "kv_write", "attention"] if level is Level.attention else []
     expected = {f"{unit}_{column}" for unit in UNITS[name] + parts for column in TIMES}
-    expected |= {f"{unit}_tokens_per_s" for unit in UNITS[name]}
+    kinds = {"prefill": ("computed_", "prompt_")}
+    expected |= {f"{unit}_{kind}tokens_per_s" for unit in UNITS[name] for kind in kinds.get(unit, ("",))}
     expected |= {"timing_method", "timing_l2", "kv_pool_bytes", "kv_num_pages", "model_weight_bytes"}
     counted = ["attention"] if parts else [unit for unit in UNITS[name] if unit != "prefill"]
     expected |= {f"{unit}_{rate}" for unit in counted for rate in ("GB_per_s", "TFLOP_per_s")}
@@ -47,7 +49,8 @@ def test_every_unit_has_its_columns(name: str, level: Level) -> None:
         assert result.metrics[f"{unit.name}_count"] == unit.samples
         assert len(result.series[f"{unit.name}_us"]) == unit.samples
         rate = unit.tokens / result.metrics[f"{unit.name}_us"] * 1e6
-        assert result.metrics[f"{unit.name}_tokens_per_s"] == pytest.approx(rate)
+        kind = kinds.get(unit.name, ("",))[0]
+        assert result.metrics[f"{unit.name}_{kind}tokens_per_s"] == pytest.approx(rate)
     assert len(ticks) == len(UNITS[name]) + bool(parts)
     assert result.suspicions == []
 
@@ -135,3 +138,16 @@ def test_the_roof_is_measured_once() -> None:
     roof = measure_roof(device, torch.bfloat16)
     assert roof.bytes_per_s > 1e11 and roof.flops_per_s > 1e12
     assert measure_roof(device, torch.bfloat16) is roof
+
+
+@pytest.mark.parametrize(
+    ("name", "computed", "prompt"), [("text", 35 + 3 * (43 - 32), 3 * 43), ("text-unshared", 22, 22)]
+)
+def test_a_shared_prefix_is_computed_once(name: str, computed: int, prompt: int) -> None:
+    """Two whole pages of 16 of the 35 shared tokens are shared; the passes themselves say what was computed."""
+    workload, _ = prepared(cell(name))
+    assert isinstance(workload, Text)
+    ran: list[int] = []
+    workload.prefill(lambda shared, batch, hidden: ran.append(batch.num_tokens))
+    unit = workload.units()[0]
+    assert (sum(ran), unit.tokens, unit.prompt_tokens) == (computed, computed, prompt)
