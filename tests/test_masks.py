@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fa_research import masks
-from fa_research.masks import Band, Causal, Chunked, Full, Mask, SlidingWindow
+from fa_research.masks import Band, Causal, Chunked, Full, Mask, SlidingWindow, Streaming
 from fa_research.spec import AttentionSpec
 
 EVERY = [
@@ -22,6 +22,7 @@ EVERY = [
     Chunked(1),
     Chunked(4),
     Chunked(50),
+    Streaming(3),
 ]
 
 
@@ -33,6 +34,8 @@ EVERY = [
         (SlidingWindow(1), ["x....", ".x...", "..x..", "...x.", "....x"]),
         (SlidingWindow(3), ["x....", "xx...", "xxx..", ".xxx.", "..xxx"]),
         (Chunked(2), ["x....", "xx...", "..x..", "..xx.", "....x"]),
+        (Streaming(2, 1), ["x....", "xx...", "xxx..", "x.xx.", "x..xx"]),
+        (Streaming(2, sink_tokens=0), ["x....", "xx...", ".xx..", "..xx.", "...xx"]),
         (Chunked(3), ["x....", "xx...", "xxx..", "...x.", "...xx"]),
     ],
     ids=str,
@@ -54,7 +57,9 @@ def test_tensors_and_ints_agree(mask: Mask) -> None:
 def test_the_band_is_the_predicate(mask: Mask) -> None:
     """The band in the words of the kernels' contract: causal, `window` keys with the query's own, its chunk's start."""
     band = mask.band()
-    assert band is not None
+    if band is None:
+        assert isinstance(mask, Streaming), "it sees two intervals of keys"
+        return
     for q in range(30):
         for k in range(30):
             inside = not band.causal or k <= q
@@ -86,7 +91,7 @@ def test_sizes_tell_masks_apart() -> None:
 
 
 def test_build_by_name() -> None:
-    assert masks.names() == ("causal", "chunked", "full", "sliding_window")
+    assert masks.names() == ("causal", "chunked", "full", "sliding_window", "streaming")
     assert masks.build("causal") == Causal() and masks.build("full") == Full()
     assert masks.build("sliding_window", 7) == SlidingWindow(7) and masks.build("chunked", 8) == Chunked(8)
 
@@ -99,13 +104,17 @@ def test_a_mask_outside_the_package_has_no_name() -> None:
         name = "also_elsewhere"
 
     assert Elsewhere in Causal.__subclasses__() and AlsoElsewhere in Mask.__subclasses__()
-    assert set(masks._registry.__wrapped__()) == {"causal", "chunked", "full", "sliding_window"}
+    assert set(masks._registry.__wrapped__()) == set(masks.names())
 
 
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("casual", None, r"name='casual' is unknown; choose one of causal, chunked, full, sliding_window"),
+        (
+            "casual",
+            None,
+            r"name='casual' is unknown; choose one of causal, chunked, full, sliding_window, streaming",
+        ),
         ("chunked", None, r"name=chunked needs size"),
         ("sliding_window", None, r"name=sliding_window needs size"),
         ("causal", 4, r"name=causal takes no size, got size=4"),

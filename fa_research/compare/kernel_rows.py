@@ -159,7 +159,10 @@ def keys_seen(config: dict[str, Any], context: int) -> float:
         name, size = config.get(f"{mask}.name"), config.get(f"{mask}.size")
         if not size:
             return context
-        return min(context, size) if name == "sliding_window" else (context - 1) % size + 1
+        if name == "chunked":
+            return (context - 1) % size + 1
+        first = config.get(f"{mask}.options.sink_tokens", 4) if name == "streaming" else 0
+        return min(context, first + size)
 
     pattern = config.get("model.local.pattern") or [False]
     kinds = (pattern[layer % len(pattern)] for layer in range(config["model.num_layers"]))

@@ -10,16 +10,17 @@ from typing import Any
 from fa_research.config.model_schema import LocalConfig, ModelConfig
 
 ABLATIONS = (
-    "mask.name", "mask.size", "local.pattern", "local.mask.name", "local.mask.size", "local.rope_theta", "softcap",
+    "mask.name", "mask.size", "mask.options", "local.pattern", "local.mask.name", "local.mask.size",
+    "local.mask.options", "local.rope_theta", "softcap",
 )  # fmt: skip
 # A size belongs to its mask: who names a mask means the size given with it, or none.
 _WITH = {"mask.name": "mask.size", "local.mask.name": "local.mask.size"}
 
 
 def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys with their values; a list is a value."""
+    """Dotted keys with their values; a list is a value, and so are the options of a mask."""
     for key, value in node.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key != "options":
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
@@ -40,7 +41,9 @@ def given(model: Mapping[str, Any], overrides: Iterable[str] = ()) -> list[str]:
     keys = [
         key
         for key in ABLATIONS
-        if key in asked and (asked[key] != default[key] or was_typed(f"model.{key}", typed))
+        if key in asked
+        # that a mask has no options needs no saying: no folder gives any
+        and (asked[key] != default[key] or (asked[key] != {} and was_typed(f"model.{key}", typed)))
     ]
     return [key for key in ABLATIONS if key in {*keys, *(_WITH[key] for key in keys if key in _WITH)}]
 

@@ -55,8 +55,19 @@ def config_hash(cfg: Config | DictConfig | Mapping[str, Any], overrides: Iterabl
         changed = given(model, overrides or _typed(cfg)) if changed is None else changed
         values = dict(leaves(model))
         measured["model"] = counted | {key: values[key] for key in changed if key in values}
+    if isinstance(model := measured.get("model"), dict):
+        measured["model"] = _without_empty_options(model)
     text = json.dumps(measured, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _without_empty_options(model: dict[str, Any]) -> dict[str, Any]:
+    """`model` as it was before masks had options: a config that gives none keeps its hash."""
+    found = {key: value for key, value in model.items() if value != {} or not key.endswith("mask.options")}
+    for key, value in found.items():
+        if key in ("mask", "local") and isinstance(value, dict):
+            found[key] = _without_empty_options(value)
+    return {key: value for key, value in found.items() if (key, value) != ("options", {})}
 
 
 def _typed(cfg: Config | DictConfig | Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class Choice(Enum):
@@ -55,8 +56,9 @@ class RopeScaling:
 @dataclass(slots=True)
 class MaskConfig:
     name: str = "causal"
-    # tokens: window of sliding_window, chunk of chunked; None for the masks without a size
+    # tokens: window of sliding_window and streaming, chunk of chunked; None for the masks without a size
     size: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # the mask's other fields
 
 
 @dataclass(slots=True)

@@ -46,7 +46,7 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
 
 def _mask(key: str, mask: MaskConfig) -> Iterator[str]:
     try:
-        masks.build(mask.name, mask.size)
+        masks.build(mask.name, mask.size, mask.options)
     except ValueError as error:
         yield f"{key}: {error}"
 

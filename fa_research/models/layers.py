@@ -45,7 +45,7 @@ def attention_specs(config: ModelConfig) -> tuple[AttentionSpec, ...]:
             v_head_dim=config.head_dim,
             scale=scale,
             softcap=config.softcap,
-            mask=masks.build(mask.name, mask.size),
+            mask=masks.build(mask.name, mask.size, mask.options),
             has_sink=config.sink,
         )
 
