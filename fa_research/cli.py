@@ -24,11 +24,12 @@ from fa_research.config.against import read_against
 from fa_research.config.explain import explain
 from fa_research.config.free_text import escape, for_shell, options_first, quote_free_text
 from fa_research.config.preset_texts import number_for_text
+from fa_research.config.no_effect import given_keys
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import BackendFault, FaResearchError
 from fa_research.isolation.watcher import watched
-from fa_research.streams import complain, drop
+from fa_research.streams import complain, drop, replace_what_cannot_be_shown
 from fa_research.sweep import (
     gather,
     outcome,
@@ -76,6 +77,7 @@ _sweep_dir: str | None = None  # of the sweep that is under way
 def launch(main: Callable[[], Any]) -> None:
     """Run a function that `hydra.main` made; errors of composition become one line and exit code 2."""
     global _wants_traceback
+    replace_what_cannot_be_shown()
     # Hydra's own help takes a second longer: it scans all groups, its own too
     if {"-h", "--help"} & set(sys.argv[1:]):
         groups = "\n".join(f"  {name:<11} {', '.join(choices(name))}" for name in GROUPS)
@@ -132,7 +134,7 @@ def _run(cfg: DictConfig, hydra: Any) -> Row:
         OmegaConf.save(OmegaConf.create(escape(resolved)), output_dir / "config.yaml")
         against = read_against(config, hydra.job.config_name, hydra.overrides.task)
         with nullcontext() if multirun else watched(output_dir, resolved, rows_before):
-            row = _run_cell(config, resolved, output_dir, multirun, against)
+            row = _run_cell(config, resolved, output_dir, multirun, against, _given(hydra))
     except BrokenPipeError:  # as in `python run.py | head -1`: no fault of the cell, so no row
         _exit_unread()
     except Exception as error:
@@ -154,17 +156,35 @@ def _run(cfg: DictConfig, hydra: Any) -> Row:
 
 
 def _run_cell(
-    config: Config, resolved: dict[str, Any], output_dir: Path, multirun: bool, against: Config | None
+    config: Config,
+    resolved: dict[str, Any],
+    output_dir: Path,
+    multirun: bool,
+    against: Config | None,
+    given: list[str],
 ) -> Row:
     """Here, or for a sweep in a worker process, so that this one imports no torch."""
     if multirun and config.sweep.isolate:
         from fa_research.isolation import run_apart
 
-        return run_apart(config, resolved=resolved, output_dir=output_dir, against=against)
+        return run_apart(config, resolved=resolved, output_dir=output_dir, against=against, given=given)
     fingerprint.take()
     from fa_research.runner import run_cell
 
-    return run_cell(config, resolved=resolved, output_dir=output_dir, multirun=multirun, against=against)
+    return run_cell(
+        config, resolved=resolved, output_dir=output_dir, multirun=multirun, against=against, given=given
+    )
+
+
+def _given(hydra: Any) -> list[str]:
+    """The keys that the command line and the preset set."""
+    preset = None
+    if name := hydra.runtime.choices.get("experiment"):
+        folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+        files = [folder / "experiment" / f"{name}.yaml" for folder in folders]
+        preset = next((file for file in files if file.is_file()), None)
+    own = [text for text in hydra.overrides.hydra if not text.startswith("hydra.mode=")]
+    return given_keys([*hydra.overrides.task, *own], preset)
 
 
 def _is_plain(row: Row, error: Exception) -> bool:

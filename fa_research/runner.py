@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from fa_research import plugins, workloads
 from fa_research.config import Config, Level, config_hash
+from fa_research.config.no_effect import no_effect
 from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.engine import Engine, build_engine, create_backend, resolve_device, resolve_dtype
 from fa_research.engine.fits import check_fits
@@ -46,14 +48,18 @@ def run_cell(
     output_dir: Path,
     multirun: bool,
     against: Config | None = None,
+    given: Sequence[str] = (),
 ) -> Row:
     """Run one cell and return its row, which is on disk in `output_dir` by then.
 
     Raises FaResearchError for what the user asked wrongly and whatever a broken cell raises; the caller turns both into
-    rows. `resolved` is the config as plain data, for the row and for W&B; `against` the config of `measure.against`.
+    rows. `resolved` is the config as plain data, for the row and for W&B; `against` the config of `measure.against`;
+    `given` the keys that the user set: the row's notes name those without an effect.
     """
     digest = config_hash(config)
     row = Row(Status.ok, config=resolved, config_hash=digest)
+    on_gpu = resolve_device(config).type == "cuda"
+    row.notes += no_effect(config, given, multirun=multirun, on_gpu=on_gpu)
     torch.manual_seed(config.seed)
     with (
         RowWriter(output_dir / ROWS_FILE) as writer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import TextIO
@@ -21,6 +22,13 @@ def open_closed_streams() -> None:
             number = os.open(os.devnull, flags)  # the lowest that is free: that of the stream
             os.set_inheritable(number, True)
             setattr(sys, name, os.fdopen(number, mode))
+
+
+def replace_what_cannot_be_shown() -> None:
+    """Print a question mark for each character that the encoding of stdout or stderr lacks, as in an ASCII locale."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def drop(stream: TextIO) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_research.config import load_config
+from fa_research.config import Config, load_config
 from fa_research.config.explain import explain
 from fa_research.errors import BackendUnavailable, ConfigError, FaResearchError, KVCacheFull, Unsupported
 from tests.test_config import composed, hydra_configs
@@ -267,3 +268,13 @@ def test_refusals_list_all_reasons_and_what_would_work() -> None:
     assert "none" in str(Unsupported("fa2", ["head dim 512"]))
     full = str(KVCacheFull(12, 3))
     assert all(part in full for part in ("12 pages requested", "3 pages free", "kv.num_pages"))
+
+
+def test_a_bare_off_in_a_preset_is_told_to_be_quoted() -> None:
+    with pytest.raises(OmegaConfBaseException) as caught:
+        OmegaConf.merge(OmegaConf.structured(Config), yaml.safe_load("cuda_graph: {mode: off}"))
+    assert 'YAML reads a bare off as false, so quote it: "off"' in explain(caught.value)
+
+
+def test_question_marks_are_a_prompt() -> None:
+    assert load_config(composed("workload.prompt='???'")).workload.prompt == "???"

@@ -22,7 +22,14 @@ from fa_research.config.store import CONFIG_DIR, GROUPS, choices, register
 from tests.test_checkpoint_config import folder_of
 from tests.test_imports import FLOORS, PACKAGE, ROOT
 
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "experiments/README.md", "outputs/README.md")
+DOCUMENTS = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/coming_from.md",
+    "experiments/README.md",
+    "outputs/README.md",
+)
 FLAGS = {"-m", "--multirun"}
 
 

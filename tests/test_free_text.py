@@ -173,3 +173,31 @@ def test_a_study_that_yaml_reads_as_a_number_is_told(written: str, said: bool, t
     assert problem == (expected if said else None)
     runtime["choices"] = {"experiment": None}
     assert number_for_text(OmegaConf.create({"hydra": {"runtime": runtime}})) is None
+ODD_PATHS = (
+    "/data/my model",
+    "é/ü",
+    "a=b",
+    "x, y",
+    "it's",
+    "[1",
+    "{a",
+    "#1",
+    "a & b",
+    "f (1)",
+    "~/m",
+    "a(",
+    "007",
+    "???",
+)
+
+
+@pytest.mark.parametrize("key", ["model.path", "workload.path", "hydra.run.dir", "+model.path"])
+@pytest.mark.parametrize("path", ODD_PATHS)
+def test_a_path_is_what_was_typed(key: str, path: str) -> None:
+    (argument,) = quote_free_text([f"{key}={path}"])
+    assert OverridesParser.create().parse_override(argument).value() == path
+
+
+def test_a_path_keeps_quotes_null_and_interpolations() -> None:
+    typed = ["model.path=null", "model.path='a b'", "hydra.run.dir=outputs/${study}", "model.path=pkg://a/b"]
+    assert quote_free_text(typed) == typed

@@ -91,11 +91,21 @@ def _explain_omegaconf(error: OmegaConfBaseException) -> str:
     if isinstance(error, ValidationError):
         wanted = expected(schema, str(error.key)) or _list_item(full_key)
         if wanted:
-            return f"{full_key}={_as_typed(error.value)}: expected {wanted}"
+            return f"{full_key}={_as_typed(error.value)}: expected {wanted}{_unquoted(error.value, wanted)}"
     if "does not support deletion" in str(error):
         return f"{full_key} cannot be removed, only set: {full_key}=..."
     reason = str(error.msg or error).splitlines()[0]
     return f"{full_key}: {reason}"
+
+
+def _unquoted(value: Any, wanted: str) -> str:
+    """How to write a choice that YAML 1.1 reads as something else where it is bare, as `off` and `on`."""
+    if not isinstance(value, bool) or not wanted.startswith("one of "):
+        return ""
+    words = {False: ("off", "no", "false"), True: ("on", "yes", "true")}[value]
+    choices = wanted.removeprefix("one of ").replace(" or null", "").split(", ")
+    meant = next((word for word in words if word in choices), None)
+    return f'; YAML reads a bare {meant} as {str(value).lower()}, so quote it: "{meant}"' if meant else ""
 
 
 def _list_item(full_key: str) -> str:

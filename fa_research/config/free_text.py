@@ -13,10 +13,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 FREE_TEXT = ("workload.prompt",)
-PATHS = (
-    "model.path",
-    "workload.path",
-)  # shells leave the ~ in `key=~/folder`, which the grammar does not take
+PATHS = ("model.path", "workload.path", "hydra.run.dir", "hydra.sweep.dir")
 # Texts that may look like a number or a truth value: the grammar would make 202401 of study=2024_01, 1.1 of 1.10
 # and 1000.0 of 1e3, before the schema makes texts of them again.
 TEXTS = frozenset(
@@ -51,18 +48,20 @@ def options_first(arguments: Iterable[str]) -> list[str]:
 
 
 def quote_free_text(arguments: Iterable[str]) -> list[str]:
-    """The command line with the values of `FREE_TEXT` in quotes, but `null` and what is in quotes already, those of
-    `PATHS` that begin with `~`, and the elements of `OVERRIDES`. In a sweep a comma parts values, so only the last are
-    changed there: texts with special characters take quotes of their own. Values of `TEXTS` that the grammar would read
-    as something else are put in quotes everywhere."""
-    arguments = [_quoted_elements(_quoted_numbers(argument)) for argument in arguments]
-    return arguments if _SWEEPS & set(arguments) else [_quoted(argument) for argument in arguments]
+    """The command line with the values of `FREE_TEXT` in quotes, but `null` and what is in quotes already; those of
+    `PATHS` that Hydra's grammar would not read as the text they are; and elements of `OVERRIDES`. In a sweep a comma
+    parts values, so only the last are changed there: texts with special characters take quotes of their own. Values of `TEXTS`
+    that the grammar would read as something else are put in quotes everywhere."""
+    arguments = list(arguments)
+    if not _SWEEPS & set(arguments):
+        arguments = [_quoted(argument) for argument in arguments]
+    return [_quoted_elements(_quoted_numbers(argument)) for argument in arguments]
 
 
 def _quoted(argument: str) -> str:
     key, _, value = argument.partition("=")
     name = key.lstrip("+")
-    if name in PATHS and value.startswith("~"):
+    if name in PATHS and value and not _IN_QUOTES.fullmatch(value) and not _is_read_as_typed(argument, value):
         return f"{key}={quotes(value)}"
     if name not in FREE_TEXT or not value or value == "null" or _IN_QUOTES.fullmatch(value):
         return argument
@@ -90,6 +89,15 @@ def _as_text(element: re.Match[str]) -> str:
     except HydraException:
         is_text = True
     return element[0] if is_text else quotes(text)
+
+
+def _is_read_as_typed(argument: str, value: str) -> bool:
+    """Whether Hydra's grammar takes the value of `argument` as one: this text, null, or with an interpolation in it."""
+    try:
+        (read,) = OverridesParser.create().parse_overrides([argument])
+    except HydraException:
+        return False
+    return not read.is_sweep_override() and (read.value() in (value, None) or "${" in value)
 
 
 def _quoted_elements(argument: str) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from fa_research.config.checkpoint import take_from_folder
 from fa_research.config.explain import explain, unknown_key
+from fa_research.config.free_text import FREE_TEXT
 from fa_research.config.schemas import WORKLOADS, Config
 from fa_research.config.validate import validate
 from fa_research.errors import ConfigError
@@ -36,7 +39,7 @@ def read_config(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
     if unknown:
         raise ConfigError("; ".join(unknown))
     try:
-        config = OmegaConf.to_object(cfg)
+        config = _to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     if not isinstance(config, Config):
@@ -48,6 +51,28 @@ def read_config(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
     if config.model.path is not None:
         config.model = take_from_folder(config.model, overrides)
     return config
+
+
+def _to_object(cfg: DictConfig) -> object:
+    """The dataclass that `cfg` is of. No text here is mandatory, so `???`, OmegaConf's mark of a missing value, is in
+    `FREE_TEXT` what was typed."""
+    marks = [key for key in FREE_TEXT if _holds_mark(cfg, key)]
+    if marks:
+        cfg = copy.deepcopy(cfg)
+        with flag_override(cfg, ["readonly"], [False]):
+            for key in marks:
+                OmegaConf.update(cfg, key, "")
+    config: Any = OmegaConf.to_object(cfg)
+    for key in marks:
+        group, _, name = key.partition(".")
+        setattr(getattr(config, group), name, MISSING)
+    return config
+
+
+def _holds_mark(cfg: DictConfig, key: str) -> bool:
+    group, _, name = key.partition(".")
+    node = cfg.get(group)
+    return isinstance(node, DictConfig) and OmegaConf.is_missing(node, name)
 
 
 def _unknown_keys(node: object, prefix: str = "") -> Iterator[tuple[str, type]]:

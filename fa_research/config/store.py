@@ -50,5 +50,9 @@ def register() -> None:
     OmegaConf.register_new_resolver("fa.config_hash", lambda *, _root_: config_hash(_root_), replace=True)
     # As in `new_len: ${fa.minus:32768,${workload.prefix_len}}`: what is left where another key is swept.
     OmegaConf.register_new_resolver("fa.minus", lambda a, b: int(a) - int(b), replace=True)
+    # Half of a size, and no more than `most`: a default that also fits where the size is made small.
+    OmegaConf.register_new_resolver(
+        "fa.half_up_to", lambda most, size: max(0, min(int(most), int(size) // 2)), replace=True
+    )
     # Cached with the composed config, so every use within one run agrees and no two compositions do.
     OmegaConf.register_new_resolver("fa.nonce", lambda: secrets.token_hex(3), use_cache=True, replace=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,12 @@ _share: GpuShare | None = None
 
 
 def run_apart(
-    config: Config, *, resolved: dict[str, Any], output_dir: Path, against: Config | None = None
+    config: Config,
+    *,
+    resolved: dict[str, Any],
+    output_dir: Path,
+    against: Config | None = None,
+    given: Sequence[str] = (),
 ) -> Row:
     """Run one cell in the worker process; its row is on disk in `output_dir` by then, unless the disk is full.
 
@@ -37,7 +43,7 @@ def run_apart(
     """
     share = _share_for(config.device)
     worker = _ready_worker(share)
-    request = Request(config, resolved, output_dir, against, draws=bars.cell_progress is not None)
+    request = Request(config, resolved, output_dir, against, bars.cell_progress is not None, list(given))
     with share.turn(log.info) if share else nullcontext():
         try:
             done = worker.run(request, config.measure.timeout_s)

@@ -37,6 +37,7 @@ class Request:
     output_dir: Path
     against: Config | None
     draws: bool
+    given: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ def _run(request: Request, run_cell: Any) -> Done:
             output_dir=folder,
             multirun=True,
             against=request.against,
+            given=request.given,
         )
     except Exception as error:
         lost = context_lost()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fa_research.errors import ConfigError
 from fa_research.kernels import ops
 
 
@@ -33,6 +34,18 @@ class TokenToKVPool:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        sizes = {
+            "kv.num_pages": num_pages,
+            "num_layers": num_layers,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "v_head_dim": v_head_dim,
+        }
+        for key, value in sizes.items():
+            if value < 1:
+                raise ConfigError(f"{key}={value}: must be at least 1")
+        if not 1 <= page_size <= 256:
+            raise ConfigError(f"kv.page_size={page_size}: must be from 1 to 256 slots")
         self.num_pages = num_pages
         self.page_size = page_size
         self.num_slots = (num_pages + 1) * page_size

@@ -18,6 +18,11 @@ class ReqToTokenPool:
     def __init__(
         self, max_requests: int, max_context_len: int, *, page_size: int, device: torch.device | str
     ) -> None:
+        for key, value in (("max_requests", max_requests), ("max_context_len", max_context_len)):
+            if value < 1:
+                raise ConfigError(f"{key}={value}: must be at least 1")
+        if not 1 <= page_size <= 256:
+            raise ConfigError(f"kv.page_size={page_size}: must be from 1 to 256 slots")
         self.max_requests = max_requests
         self.max_context_len = max_context_len
         self.page_size = page_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from fa_research import plugins
+from fa_research.config import load_config
 from fa_research.config.free_text import quotes
 from fa_research.errors import CellLost, ConfigError
 from fa_research.sweep import exclude
@@ -28,6 +30,27 @@ log = logging.getLogger(__name__)
 
 _BASIC = "BasicLauncher"  # by name: Hydra loads its plugins a second time, so that there are two such classes
 _MANY = 10  # cells
+
+
+def _of_all(cells: Sequence[Cell]) -> ConfigError | None:
+    """What every cell would fail of, if that is the same for all: the command is wrong, and no cell need start."""
+    said = None
+    for cell in cells:
+        if cell.error is None and cell.cfg is not None:
+            try:
+                task = copy.deepcopy(cell.cfg)
+                with flag_override(task, ["readonly", "struct"], [False, False]):
+                    del task["hydra"]  # as Hydra does before it calls the task
+                load_config(task, cell.cfg.hydra.overrides.task)
+                return None
+            except ConfigError as error:
+                problem = error
+        elif cell.error is not None:
+            problem = cell.error
+        if said is not None and str(said) != str(problem):
+            return None
+        said = problem
+    return said
 
 
 def pin_sweep_dir(config: DictConfig) -> None:
@@ -77,6 +100,8 @@ class RowPerCellLauncher(Launcher):
         if all(cell.error for cell in cells):
             assert cells[0].error is not None
             raise cells[0].error
+        if problem := _of_all(cells):
+            raise problem
         cells = self._without_excluded(cells)
         self._check_folders(cells)
         self.outcome.folders |= {cell.job: self._folder(cell) for cell in cells}

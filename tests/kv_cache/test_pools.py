@@ -218,3 +218,23 @@ def test_the_pool_takes_the_memory_that_it_says() -> None:
     pool = TokenToKVPool(pages, 64, **shape, device=device)
     assert 0.99 * 0.05 * free <= pool.num_bytes <= 0.05 * free
     assert pool.num_bytes <= torch.cuda.memory_allocated() - before <= 1.01 * pool.num_bytes
+
+
+@pytest.mark.parametrize(
+    ("size", "value"), [("page_size", 0), ("page_size", 257), ("max_requests", 0), ("max_context_len", -1)]
+)
+def test_a_table_of_impossible_size_is_refused(size: str, value: int) -> None:
+    sizes = {"max_requests": 2, "max_context_len": 8, "page_size": 4} | {size: value}
+    with pytest.raises(ConfigError, match=f"{size}={value}: must be"):
+        ReqToTokenPool(**sizes, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "size", ["num_pages", "page_size", "num_layers", "num_kv_heads", "head_dim", "v_head_dim"]
+)
+def test_a_pool_of_impossible_size_is_refused(size: str) -> None:
+    sizes = dict.fromkeys(
+        ("num_pages", "page_size", "num_layers", "num_kv_heads", "head_dim", "v_head_dim"), 4
+    )
+    with pytest.raises(ConfigError, match=f"{size}=0: must be"):
+        TokenToKVPool(**(sizes | {size: 0}), dtype=torch.float32, device="cpu")

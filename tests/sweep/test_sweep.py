@@ -219,3 +219,9 @@ def test_the_process_of_a_sweep_imports_no_torch(tmp_path: Path) -> None:
 def test_a_cells_line_has_its_first_time_and_not_that_of_the_self_test() -> None:
     metrics = {"self_test_events_noop_us": 3.3, "step_ledger_gap_us": 1.0, "decode_step_us": 1234.0}
     assert in_short(Row(Status.ok, metrics=metrics)) == "ok decode_step_us=1,234"
+
+
+def test_what_every_cell_would_fail_of_is_said_once(tmp_path: Path) -> None:
+    done = run_py("-m", "workload=text", "workload.shared_prefix_len=300", "seed=0,1,2", cwd=tmp_path)
+    assert "workload.shared_prefix_len=300: must be from 0 to" in one_error_line(done)
+    assert not list(tmp_path.rglob("rows.jsonl"))
