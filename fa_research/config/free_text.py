@@ -50,8 +50,8 @@ def options_first(arguments: Iterable[str]) -> list[str]:
 def quote_free_text(arguments: Iterable[str]) -> list[str]:
     """The command line with the values of `FREE_TEXT` in quotes, but `null` and what is in quotes already; those of
     `PATHS` that Hydra's grammar would not read as the text they are; and elements of `OVERRIDES`. In a sweep a comma
-    parts values, so only the last are changed there: texts with special characters take quotes of their own. Values of `TEXTS`
-    that the grammar would read as something else are put in quotes everywhere."""
+    parts values, so only the last are changed there: texts with special characters take quotes of their own. Values of
+    `TEXTS` that the grammar would read as something else are put in quotes everywhere."""
     arguments = list(arguments)
     if not _SWEEPS & set(arguments):
         arguments = [_quoted(argument) for argument in arguments]
