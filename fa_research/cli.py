@@ -23,8 +23,8 @@ from fa_research.config import Config, read_config, to_plain, validate
 from fa_research.config.against import read_against
 from fa_research.config.explain import explain
 from fa_research.config.free_text import escape, for_shell, options_first, quote_free_text
-from fa_research.config.preset_texts import number_for_text
 from fa_research.config.no_effect import given_keys
+from fa_research.config.preset_texts import number_for_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import BackendFault, FaResearchError

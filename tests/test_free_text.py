@@ -173,6 +173,8 @@ def test_a_study_that_yaml_reads_as_a_number_is_told(written: str, said: bool, t
     assert problem == (expected if said else None)
     runtime["choices"] = {"experiment": None}
     assert number_for_text(OmegaConf.create({"hydra": {"runtime": runtime}})) is None
+
+
 ODD_PATHS = (
     "/data/my model",
     "é/ü",
