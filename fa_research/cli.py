@@ -27,7 +27,7 @@ from fa_research.config.no_effect import given_keys
 from fa_research.config.preset_texts import number_for_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
-from fa_research.errors import BackendFault, FaResearchError
+from fa_research.errors import BackendFault, DoesNotFit, FaResearchError
 from fa_research.isolation.watcher import watched
 from fa_research.streams import complain, drop, replace_what_cannot_be_shown
 from fa_research.sweep import (
@@ -38,8 +38,10 @@ from fa_research.sweep import (
     running_a_cell,
     stop_requested,
 )
+from fa_research.text import plural
 from fa_research.tracking.cell_rows import count_rows, record_failure
 from fa_research.tracking.failures import log_bug
+from fa_research.tracking.opening import opening
 
 if TYPE_CHECKING:
     from fa_research.tracking import Row
@@ -133,10 +135,10 @@ def _run(cfg: DictConfig, hydra: Any) -> Row:
         validate(config)
         OmegaConf.save(OmegaConf.create(escape(resolved)), output_dir / "config.yaml")
         against = read_against(config, hydra.job.config_name, hydra.overrides.task)
+        if not multirun:
+            log.info("%s", opening(config, output_dir))
         with nullcontext() if multirun else watched(output_dir, resolved, rows_before):
             row = _run_cell(config, resolved, output_dir, multirun, against, _given(hydra))
-    except BrokenPipeError:  # as in `python run.py | head -1`: no fault of the cell, so no row
-        _exit_unread()
     except Exception as error:
         row = record_failure(
             output_dir, error, asked, rows_before=rows_before, overrides=hydra.overrides.task
@@ -146,7 +148,9 @@ def _run(cfg: DictConfig, hydra: Any) -> Row:
         if _is_plain(row, error):
             if not multirun:
                 if isinstance(error, FaResearchError):
-                    _exit_with(str(error), FAILED if isinstance(error, BackendFault) else USER_ERROR)
+                    _exit_with(
+                        str(error), FAILED if isinstance(error, BackendFault | DoesNotFit) else USER_ERROR
+                    )
                 _exit_with("; ".join(row.reasons), FAILED)
         else:
             log_bug(log, error)
@@ -231,7 +235,7 @@ class RunCallback(Callback):
         sweep_dir, known = Path(config.hydra.sweep.dir), outcome()
         rows = gather(sweep_dir, known)
         print_table(rows)
-        CONSOLE.print(f"{len(rows)} row{'s' * (len(rows) != 1)} in {sweep_dir}", soft_wrap=True)
+        CONSOLE.print(f"{plural(len(rows), 'row')} in {sweep_dir}", soft_wrap=True)
         if known.unwritten:
             jobs = ", ".join(f"#{job}" for job in sorted(known.unwritten))
             CONSOLE.print(f"not on disk, which did not take them: {jobs}", style="red", soft_wrap=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fa_research.engine.fits import check_fits
 from fa_research.engine.model_runner import EngineModel
 from fa_research.errors import DoesNotFit, Refusal
 from fa_research.fingerprint import fingerprint
-from fa_research.measure.cell import Measurement, cell_timer, check, measure
+from fa_research.measure.cell import Measurement, Stage, cell_timer, check, measure
 from fa_research.measure.cupti import check_timer
 from fa_research.measure.quality import measure_quality, not_finite
 from fa_research.models import attention_specs, build_model
@@ -31,6 +32,7 @@ from fa_research.tracking import (
     environment,
     print_table,
     progress,
+    stages,
     stream_text,
     wandb_run,
 )
@@ -39,6 +41,8 @@ from fa_research.tracking.wandb_mirror import WandbMirror
 from fa_research.workloads.text import Text
 
 log = logging.getLogger(__name__)
+
+Stages = Callable[[], AbstractContextManager[Stage]]  # opens a place on the screen for what is under way
 
 
 def run_cell(
@@ -67,7 +71,8 @@ def run_cell(
             config, resolved=resolved, output_dir=output_dir, multirun=multirun, config_hash=digest
         ) as mirror,
     ):
-        _fill(row, config, against, mirror)
+        shown = partial(stages, enabled=config.tracking.progress, quiet=multirun)
+        _fill(row, config, against, mirror, shown)
         row.finished = now()
         mirror.log_row(row)
         writer.write(row)
@@ -77,29 +82,36 @@ def run_cell(
     return row
 
 
-def _fill(row: Row, config: Config, against: Config | None, mirror: WandbMirror) -> None:
+def _fill(row: Row, config: Config, against: Config | None, mirror: WandbMirror, shown: Stages) -> None:
     """Build, write text, check, score, time."""
     plugins.check()
     check_timer(config.measure.timer, resolve_device(config))
-    workload, engine = build_cell(config)  # loading draws its own progress
+    with shown() as stage:
+        stage(f"loading {config.model.name}")
+        workload, engine = build_cell(config)
     row.environment = environment(_classes(workload, engine)) | _environment(engine)
     if isinstance(workload, Text) and workload.writes:
         row.generated = _generate(engine, workload)
-    with progress(f"{config.backend.name} {config.workload.name}", 4, config.tracking.progress) as tick:
+    with shown() as stage:
+        stage(f"preparing {config.workload.name} on {engine.backend.name}")
         workload.prepare(engine)
         row.environment |= _environment(engine)  # whether decode steps are captured is known now
-        tick()
+        if config.measure.check:
+            stage("checking against float64")
         _check(row, engine, workload)
         if config.measure.quality and isinstance(workload, Text) and engine.stack is None:
+            stage("scoring the text")
             quality = measure_quality(engine, workload)
             row.metrics |= quality
             if reason := not_finite(quality):
                 row.status = Status.inaccurate
                 row.reasons.append(reason)
-        tick()
-        other = _second(row, config, against) if against is not None else None
+        other = None
+        if against is not None:
+            stage("building and checking the other engine")
+            other = _second(row, config, against)
         if row.status is Status.ok:
-            _time(row, engine, workload, other, mirror, tick)
+            _time(row, engine, workload, other, mirror, stage)
     row.notes += engine.notes
 
 
@@ -181,11 +193,11 @@ def _time(
     workload: workloads.Workload,
     other: workloads.Workload | None,
     mirror: WandbMirror,
-    tick: Any,
+    stage: Stage,
 ) -> None:
     timer, notes = cell_timer(engine)
     row.notes += notes
-    result: Measurement = measure(engine, workload, timer, tick, other)
+    result: Measurement = measure(engine, workload, timer, stage, other)
     row.metrics |= result.metrics
     row.samples |= result.samples
     row.notes += result.notes

@@ -96,3 +96,29 @@ def test_ctrl_c_among_the_imports_is_one_line(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_run_whose_reader_leaves_finishes_and_says_so(tmp_path: Path) -> None:
+    args = [*SMALL, "device=cpu", "hydra.run.dir=out"]
+    script = f'"$0" {ROOT / "run.py"} "$@" | head -1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", script, sys.executable, *args],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("backend=torch model=tiny device=cpu, decode (") and "out" in done.stdout
+    assert done.stderr.splitlines() == [
+        "nobody reads stdout any more; going on without the screen, as rows are what counts"
+    ]
+    assert [row.status for row in read_rows(tmp_path / "out" / ROWS_FILE)] == [Status.ok]
+
+
+def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("print('torch is imported')\nraise ImportError('no torch')\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *SMALL, "hydra.run.dir=out"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    first, second = done.stdout.splitlines()[:2]
+    sizes = ["backend=torch", "batch_size=2", "context_len=32", "of memory", "results go to"]
+    assert all(part in first for part in sizes) and second == "torch is imported", done.stdout

@@ -53,7 +53,7 @@ def _needs(config: Config, need: Memory, device: torch.device) -> str:
     shown = " + ".join(f"{name} {in_bytes(size)}" for name, size in parts.items() if size)
     beside = f" and {in_bytes(free_host_bytes())} on the host" if device.type == "cuda" else ""
     return (
-        f"out of memory before anything was built: model={config.model.name} with {_key(config)} needs at least "
+        f"out of memory: before anything was built, model={config.model.name} with {_key(config)} needs at least "
         f"{in_bytes(total)} ({shown}), free are {in_bytes(free_bytes(device))} on {device.type}{beside}"
     )
 
@@ -87,7 +87,8 @@ def _what_would_fit(config: Config, device: torch.device) -> str:
             "with more memory"
         )
     if fits(asked):
-        return f"lower kv.num_pages={config.kv.num_pages} or kv.max_requests={config.kv.max_requests}"
+        given = {"kv.num_pages": config.kv.num_pages, "kv.max_requests": config.kv.max_requests}
+        return f"lower {' or '.join(f'{key}={value}' for key, value in given.items() if value is not None)}"
     low, high = 1, asked
     while high - low > 1:
         middle = (low + high) // 2

@@ -29,7 +29,7 @@ from fa_research.models import Decoder
 from fa_research.workloads.base import Unit, Workload
 
 _ABOVE_ROOF = 1.05  # the roof itself is measured, so a little above it is noise
-Tick = Callable[[], None]
+Stage = Callable[[str], object]  # told what begins now
 
 
 @dataclass(slots=True)
@@ -103,31 +103,33 @@ def cell_timer(engine: Engine) -> tuple[Timer, list[str]]:
 
 
 def measure(
-    engine: Engine, workload: Workload, timer: Timer, tick: Tick, other: Workload | None = None
+    engine: Engine, workload: Workload, timer: Timer, stage: Stage, other: Workload | None = None
 ) -> Measurement:
     """Time every unit of the workload, at `workload.level=attention` the parts of the attention path too, then in turns
-    with `other`, the workload of `measure.against`, and last what each part of a unit costs. `tick` is called now and
-    then. Raises TimingError where the self-test fails."""
+    with `other`, the workload of `measure.against`, and last what each part of a unit costs. `stage` is told what
+    begins. Raises TimingError where the self-test fails."""
     result = Measurement()
     if engine.device.type == "cuda" and engine.config.measure.self_test:
         result.metrics |= self_test(engine.device, timer.kind)
         if reason := cannot():
             result.notes.append(f"the timer was not tested: {reason}")
     for unit in workload.units():
+        stage(f"timing {unit.name}")
         _measure_unit(engine, workload, unit, timer, result)
-        tick()
     if engine.stack is not None:
+        stage("timing the parts of attention")
         _attention_parts(engine, engine.stack, workload, timer, result)
-        tick()
     result.metrics |= _memory(engine)
     result.metrics |= workload.columns(result.metrics)
     if timer.monitor is not None:
         result.metrics |= nvml.columns(timer.monitor.series)
         result.suspicions += nvml.suspicions(timer.monitor.series)
     if other is not None:
+        stage("timing against the other engine")
         _compare(result, workload, other, timer)
     # Last, as the profiler stays in the driver.
     for unit in workload.units() if engine.config.measure.ledger else []:
+        stage(f"breaking {unit.name} down into its parts")
         timed_us = result.metrics.get(f"{unit.name}_span_us", result.metrics[f"{unit.name}_us"])
         result.metrics |= ledger(engine, unit, timer, timed_us)
     return result

@@ -23,6 +23,7 @@ class Cell:
 
     Attributes:
         subdir: its folder in the sweep's: `hydra.sweep.subdir`, the number of its job where nothing else is asked for.
+        shared: overrides that all cells of the sweep have.
     """
 
     job: int
@@ -32,6 +33,7 @@ class Cell:
     error: ConfigError | None = None
     choices: dict[str, str] = field(default_factory=dict)
     subdir: str = ""
+    shared: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.subdir = self.subdir or str(self.job)
@@ -44,8 +46,9 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """Its overrides on one line."""
-        return " ".join(text for text in self.overrides if not text.startswith("hydra."))
+        """Its own overrides on one line: those that other cells of the sweep lack; all where there are none."""
+        typed = [text for text in self.overrides if not text.startswith("hydra.")]
+        return " ".join([text for text in typed if text not in self.shared] or typed)
 
 
 class Composer:

@@ -9,6 +9,7 @@ from typing import cast
 from omegaconf import DictConfig, OmegaConf
 
 from fa_research.config import TrackingConfig
+from fa_research.text import plural
 from fa_research.tracking import CONSOLE
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def _report(sweep_dir: Path, tracebacks: bool) -> list[Path]:
 
         files = sweep_report.write(sweep_dir)
         page, *figures = files
-        more = f" and {len(figures)} figure{'s' * (len(figures) != 1)} beside it" if figures else ""
+        more = f" and {plural(len(figures), 'figure')} beside it" if figures else ""
         CONSOLE.print(f"{page}{more}", soft_wrap=True, markup=False)
         return files
     except Exception as error:

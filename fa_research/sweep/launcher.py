@@ -129,7 +129,11 @@ class RowPerCellLauncher(Launcher):
             from fa_research.isolation import prepare
 
             prepare(self.config.device)
-        return cells + [composer.compose(first + i, job_overrides[i]) for i in range(1, len(job_overrides))]
+        cells += [composer.compose(first + i, job_overrides[i]) for i in range(1, len(job_overrides))]
+        shared = frozenset.intersection(*(frozenset(cell.overrides) for cell in cells))
+        for cell in cells:
+            cell.shared = shared
+        return cells
 
     @property
     def _in_this_process(self) -> bool:

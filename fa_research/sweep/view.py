@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -86,14 +87,22 @@ class SweepView:
         newest = self._rows[-max(1, CONSOLE.height - _OTHER_LINES) :]
         self._live.update(Group(table_of(newest, first=self.done - len(newest)), self._bars))
 
-    def _draw_steps(self, description: str, done: float, total: float) -> None:
+    def _draw_steps(self, description: str, done: float, total: float | None) -> None:
+        if total is None:  # a bar that only moves
+            self._bars.reset(self._steps, description=description, total=None)
+            return
         self._bars.update(self._steps, description=description, completed=done, total=total)
 
     def _estimate(self) -> str:
         gone = time.monotonic() - self.started
-        left = gone / self.done * (self.total - self.done)
+        left = self._running() / self.done * (self.total - self.done)
         rest = f", about {_duration(left)} left" if self.done < self.total else ""
         return f"{self.done} of {self.total}, {_duration(gone)} gone{rest}"
+
+    def _running(self) -> float:
+        """Seconds since the first cell began, which is after the imports of its process."""
+        first = min(datetime.fromisoformat(row.started) for row in self._rows)
+        return max(0.0, (datetime.now(UTC) - first).total_seconds())
 
 
 def in_short(row: Row) -> str:

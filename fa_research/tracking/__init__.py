@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fa_research.tracking.bars import progress
+from fa_research.tracking.bars import progress, stages
 from fa_research.tracking.environment import environment
 from fa_research.tracking.failures import failed_row
 from fa_research.tracking.records import ROWS_FILE, Row, RowWriter, Status, read_rows
@@ -22,6 +22,7 @@ __all__ = [
     "print_table",
     "progress",
     "read_rows",
+    "stages",
     "stream_text",
     "wandb_run",
 ]

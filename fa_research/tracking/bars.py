@@ -8,13 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from fa_research.tracking.screen import CONSOLE
 
 log = logging.getLogger(__name__)
 
-Draw = Callable[[str, float, float], None]  # what is going on, steps done, all steps
+Draw = Callable[[str, float, float | None], None]  # what is going on, steps done, all steps (None: not known)
 # Who draws the progress of a cell while a sweep is on the screen.
 cell_progress: Draw | None = None
 
@@ -23,6 +30,43 @@ def hand_progress_to(draw: Draw | None) -> None:
     """From now on `draw` shows the progress of cells; with None they do it themselves."""
     global cell_progress
     cell_progress = draw
+
+
+@contextmanager
+def stages(enabled: bool = True, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Show which stage is under way; yields a function that is told the name of each stage as it begins.
+
+    A spinner on a terminal; in a pipe a log line for each stage, where `quiet` at most one every ten seconds; nothing
+    where `enabled` is false. In a sweep the stages of a cell are drawn by who shows the sweep.
+    """
+    if not enabled:
+        yield _ignore_name
+    elif cell_progress is not None:
+        draw = cell_progress
+        yield lambda name: draw(name, 0, None)
+    elif CONSOLE.is_terminal:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=CONSOLE, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda name: bar.reset(task, description=name)
+    else:
+        yield _LoggedStages(10.0 if quiet else 0.0)
+
+
+class _LoggedStages:
+    """Stages as log lines, none sooner than `seconds` after the one before."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def __call__(self, name: str) -> None:
+        if time.monotonic() - self.last >= self.seconds:
+            self.last = time.monotonic()
+            log.info("%s", name)
+
+
+def _ignore_name(name: str) -> None:
+    pass
 
 
 @contextmanager

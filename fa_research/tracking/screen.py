@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fa_research.streams import complain, drop, open_closed_streams
+from fa_research.text import in_seconds
 from fa_research.tracking.columns import (
     ASIDE,
     DETAIL,
@@ -46,7 +47,7 @@ class _Screen(Console):
             self.quiet = True
 
     def on_broken_pipe(self) -> None:
-        drop(sys.stdout)
+        lose(BrokenPipeError())
         self.quiet = True
 
 
@@ -61,9 +62,11 @@ class _PipeHandler(logging.StreamHandler[TextIO]):
 
 
 def lose(error: OSError) -> None:
-    """Go on where stdout takes no more: its reader has gone, or the disk that it is on is full, which is said."""
+    """Go on where stdout takes no more, and say so on stderr: its reader has gone, or its disk is full."""
     drop(sys.stdout)
-    if not isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError):
+        complain("nobody reads stdout any more; going on without the screen, as rows are what counts")
+    else:
         complain(f"cannot write to stdout: {error.strerror}; going on without")
 
 
@@ -111,7 +114,7 @@ def print_table(rows: Sequence[Row], metrics: Sequence[str] | None = None, max_m
         main = main_metrics(rows)
         columns = [name for name in main if not DETAIL.search(name)]
         table, shown = _fitting(rows, metrics or columns[:max_metrics])
-        CONSOLE.print(table)
+        show(table)
         if more := [name for name in main if name not in shown]:
             CONSOLE.print(Text(f"also in the rows: {families(more)}"))
         said: dict[str, list[int]] = {}
@@ -139,17 +142,51 @@ def _print_one(row: Row) -> None:
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("status", Text(str(row.status), style=_STYLES.get(row.status, "red")))
     numbers = row.metrics | ledgers(row.metrics) | (flat({"check": row.checks}) if row.checks else {})
     for name, value in numbers.items():
         if not ASIDE.search(name):
             table.add_row(name, Text(format_value(value)))
-    for kind, lines in (("reason", row.reasons), ("note", row.notes)):
-        for line in lines:
-            table.add_row(kind, Text(line))
-    CONSOLE.print(table)
+    for line in row.notes:
+        table.add_row("note", Text(line))
+    CONSOLE.print(Text(headline(row), style=_STYLES.get(row.status, "red")), soft_wrap=True)
+    for line in row.reasons[1:]:
+        CONSOLE.print(Text(line), soft_wrap=True)
+    if table.row_count:
+        show(table)
     if more := [name for name in numbers if ASIDE.search(name) and "_ledger_" not in name]:
         CONSOLE.print(Text(f"also in the row: {families(more)}"))
+
+
+def headline(row: Row) -> str:
+    """A row in one line: its status, and why or its first two times in the units of a reader."""
+    if row.reasons:
+        return f"{row.status}: {row.reasons[0]}"
+    times = [name for name in row.metrics if name.endswith("_us") and not ASIDE.search(name)]
+    rates = {name: _rate(row.metrics, name[:-3]) for name in times}
+    first = [name for name in times if rates[name]] or times
+    said = [
+        f"{name[:-3].replace('_', ' ')} {in_seconds(row.metrics[name])}{rates[name]}" for name in first[:2]
+    ]
+    return f"{row.status}: {', '.join(said)}" if said else str(row.status)
+
+
+def _rate(metrics: dict[str, Any], unit: str) -> str:
+    """The tokens a second of a unit, in brackets; of a prefill those that were computed."""
+    for kind in ("", "computed "):
+        if rate := metrics.get(f"{unit}_{kind.replace(' ', '_')}tokens_per_s"):
+            return f" ({format_value(rate)} {kind}tokens/s)"
+    return ""
+
+
+def show(table: Table) -> None:
+    """Print a table, in a pipe without the spaces that fill its lines."""
+    if CONSOLE.is_terminal:
+        CONSOLE.print(table)
+        return
+    with CONSOLE.capture() as captured:
+        CONSOLE.print(table)
+    lines = captured.get().splitlines()
+    CONSOLE.print(Text("\n".join(line.rstrip() for line in lines)), soft_wrap=True)
 
 
 def _fitting(rows: Sequence[Row], metrics: Sequence[str], first: int = 0) -> tuple[Table, list[str]]:

@@ -19,8 +19,8 @@ def printable(text: str) -> str:
 
 def stream_text(pieces: Iterable[str]) -> tuple[str, str]:
     """Write a prompt (the first piece, bold on a terminal with colours) and what follows it to the console, each piece
-    at once. Nothing else may be drawn meanwhile. Returns the prompt and the text as they were. Raises BrokenPipeError
-    when who reads it goes: the text is all that they wanted."""
+    at once. Nothing else may be drawn meanwhile. Returns the prompt and the text as they were. Where nobody reads
+    it any more, as after `| head -1`, the text is written for the row alone."""
     prompt: str | None = None
     written: list[str] = []
     for piece in pieces:
@@ -42,6 +42,4 @@ def _write(text: str) -> None:
         file.write(text.encode(encoding, "backslashreplace").decode(encoding))
         file.flush()
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         lose(error)

@@ -31,10 +31,10 @@ TIMES = ("us", "p10_us", "p90_us", "count")
 @pytest.mark.parametrize("level", LEVELS, ids=str)
 def test_every_unit_has_its_columns(name: str, level: Level) -> None:
     workload, engine = prepared(cell(name, level))
-    ticks: list[int] = []
+    ticks: list[str] = []
     options = engine.config.measure
     timer = Timer(engine.device, warmup=options.warmup, max_seconds=5.0, l2=L2State.cold)
-    result = measure(engine, workload, timer, lambda: ticks.append(1))
+    result = measure(engine, workload, timer, ticks.append)
     parts = ["metadata", "kv_write", "attention"] if level is Level.attention else []
     expected = {f"{unit}_{column}" for unit in UNITS[name] + parts for column in TIMES}
     kinds = {"prefill": ("computed_", "prompt_")}
@@ -51,7 +51,8 @@ def test_every_unit_has_its_columns(name: str, level: Level) -> None:
         rate = unit.tokens / result.metrics[f"{unit.name}_us"] * 1e6
         kind = kinds.get(unit.name, ("",))[0]
         assert result.metrics[f"{unit.name}_{kind}tokens_per_s"] == pytest.approx(rate)
-    assert len(ticks) == len(UNITS[name]) + bool(parts)
+    timed = [f"timing {unit}" for unit in UNITS[name]] + ["timing the parts of attention"] * bool(parts)
+    assert [said for said in ticks if said.startswith("timing")] == timed
     assert result.suspicions == []
 
 
@@ -71,7 +72,7 @@ def test_planning_that_a_time_may_not_hold_is_told(
 def test_memory_columns() -> None:
     workload, engine = prepared(cell("extend"))
     timer = Timer(engine.device, warmup=0, max_seconds=5.0, l2=L2State.warm)
-    metrics = measure(engine, workload, timer, lambda: None).metrics
+    metrics = measure(engine, workload, timer, lambda name: None).metrics
     kv = engine.cache.kv
     assert metrics["kv_pool_bytes"] == kv.k_LNKD.nbytes + kv.v_LNKV.nbytes
     assert metrics["kv_num_pages"] == 3
@@ -82,7 +83,7 @@ def test_memory_columns() -> None:
 def test_rates_of_the_attention_path_are_its_work_by_its_time() -> None:
     workload, engine = prepared(cell("mixed", Level.attention))
     timer = Timer(engine.device, warmup=0, max_seconds=5.0, l2=L2State.warm)
-    metrics = measure(engine, workload, timer, lambda: None).metrics
+    metrics = measure(engine, workload, timer, lambda name: None).metrics
     work = attention_work(workload.current_pass(), engine.specs, 4)
     seconds = metrics["attention_us"] / 1e6
     assert metrics["attention_GB_per_s"] == pytest.approx(work.bytes / seconds / 1e9)

@@ -49,10 +49,10 @@ def columns(metrics: dict[str, Any], unit: str) -> dict[str, float]:
 @pytest.mark.parametrize("level", LEVELS, ids=str)
 def test_every_unit_has_a_ledger(name: str, level: Level) -> None:
     workload, engine = prepared(cell(name, level))
-    without = measure(engine, workload, timer_of(engine), lambda: None).metrics
+    without = measure(engine, workload, timer_of(engine), lambda name: None).metrics
     assert not any("ledger" in metric for metric in without)
     engine.config.measure.ledger = True
-    metrics = measure(engine, workload, timer_of(engine), lambda: None).metrics
+    metrics = measure(engine, workload, timer_of(engine), lambda name: None).metrics
     new = {f"{unit}_ledger_{part}_us" for unit in UNITS[name] for part in ON_CPU}
     assert set(metrics) == set(without) | new | {f"{unit}_ledger_sum_fraction" for unit in UNITS[name]}
     for unit in UNITS[name]:

@@ -58,7 +58,7 @@ EXTEND = ExtendWorkload(batch_size=4, new_len=4096, prefix_len=1024)  # the devi
 def measured(config: Config, l2: L2State = L2State.cold) -> tuple[dict[str, Any], Engine]:
     workload, engine = prepared(config)
     return measure(
-        engine, workload, Timer(engine.device, warmup=3, max_seconds=5.0, l2=l2), lambda: None
+        engine, workload, Timer(engine.device, warmup=3, max_seconds=5.0, l2=l2), lambda name: None
     ).metrics, engine
 
 
@@ -161,7 +161,7 @@ def test_the_host_time_of_a_cell_is_the_same_after_a_cell_with_a_ledger() -> Non
         config.measure.ledger = ledger
         workload, engine = prepared(config)
         timer = Timer(engine.device, warmup=3, max_seconds=5.0, l2=L2State.warm)
-        metrics = measure(engine, workload, timer, lambda: None).metrics
+        metrics = measure(engine, workload, timer, lambda name: None).metrics
         assert ("decode_step_ledger_gap_us" in metrics) == ledger
         host_us.append(metrics["decode_step_host_us"])
     assert host_us[2] < 2 * host_us[0], host_us

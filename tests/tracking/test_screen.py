@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fa_research.tracking import CONSOLE, Row, Status, print_table
+from fa_research.tracking import CONSOLE, Row, Status, print_table, stages
 from fa_research.tracking.columns import format_value, varying_keys
+from fa_research.tracking.screen import headline
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,7 +116,7 @@ def test_one_row_has_a_ledger_in_one_line_and_names_what_it_leaves_out(
     print_table([Row(Status.ok, metrics=times | ledger | rest, checks=checks)])
     *table, last = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert table == [
-        ["status", "ok"],
+        ["ok:", "step", "7", "us"],
         ["step_us", "7"],
         ["step_ledger", "attention", "4.5,", "model", "2,512"],
         ["check.logits_max_error", "0.25"],
@@ -188,7 +189,7 @@ def test_a_narrow_terminal_breaks_names_and_no_number_and_says_what_it_left_out(
 def test_a_row_that_failed_shows_no_empty_check(capsys: pytest.CaptureFixture[str]) -> None:
     print_table([Row(Status.error, reasons=["too large"])])
     shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert shown == [["status", "error"], ["reason", "too", "large"]]
+    assert shown == [["error:", "too", "large"]]
 
 
 def test_what_several_rows_say_alike_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,3 +241,37 @@ def test_a_cell_that_failed_before_its_checkpoint_was_read_makes_no_size_vary() 
 )
 def test_values_are_short(value: object, shown: str) -> None:
     assert format_value(value) == shown
+
+
+def test_a_row_begins_with_its_headline_in_the_units_of_a_reader() -> None:
+    metrics = {
+        "prefill_us": 198_978.0, "prefill_computed_tokens_per_s": 3216.2, "prefill_p10_us": 1.0,
+        "decode_step_us": 18_125.0, "decode_step_tokens_per_s": 220.7, "metadata_us": 3.0,
+    }  # fmt: skip
+    said = "ok: prefill 199 ms (3,216 computed tokens/s), decode step 18.1 ms (220.7 tokens/s)"
+    assert headline(Row(Status.ok, metrics=metrics)) == said
+    assert headline(Row(Status.ok, metrics={"attention_us": 1234.0})) == "ok: attention 1.23 ms"
+    assert headline(Row(Status.inaccurate, metrics=metrics, reasons=["far off"])) == "inaccurate: far off"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_line_in_a_pipe_ends_with_spaces(count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        Row(Status.ok, config={"a": i}, metrics={"x_us": 1.0, "long_name_us": 2.0}, notes=["short", "y" * 60])
+        for i in range(count)
+    ]
+    print_table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and [line for line in lines if line != line.rstrip()] == []
+
+
+def test_stages_are_lines_of_a_pipe_each_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with stages() as stage:
+        stage("loading tiny")
+        stage("timing")
+    with stages(quiet=True) as stage:
+        stage("not said in a sweep")
+    with stages(enabled=False) as stage:
+        stage("not said at all")
+    assert caplog.messages == ["loading tiny", "timing"]

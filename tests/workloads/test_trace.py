@@ -253,7 +253,7 @@ def test_the_tables_that_a_replay_leaves_are_checked_and_timed(
     passed, columns = check(engine, workload)
     assert passed, columns
     timer = Timer(engine.device, warmup=1, max_seconds=1.0, l2=workload.config.measure.l2)
-    metrics = measure(engine, workload, timer, lambda: None).metrics
+    metrics = measure(engine, workload, timer, lambda name: None).metrics
     assert metrics["trace_tokens_per_s"] > 0 and metrics["extend_pass_us"] > 0
     for unit in workload.units():
         unit.reset()
