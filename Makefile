@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes of the GPU tests; each holds a CUDA context.
+GPU_WORKERS ?= 4
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fa_research_installed
 
@@ -23,7 +25,7 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 gpu-test: $(STAMP)
-	$(PY) -m pytest -m "gpu and not quiet" -n 2
+	$(PY) -m pytest -m "gpu and not quiet" -n $(GPU_WORKERS)
 	$(PY) -m pytest -m "gpu and quiet"
 
 setup: $(STAMP)
