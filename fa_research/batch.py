@@ -49,6 +49,12 @@ class ForwardBatch:
         return self.seq_lens_B.shape[0]
 
     @property
+    def q_len(self) -> int | None:
+        """Query tokens of each request where all have the same number by the kind of pass (1: a decode step), None for
+        a ragged pass."""
+        return 1 if self.mode is ForwardMode.DECODE else None
+
+    @property
     def num_tokens(self) -> int:
         return self.input_ids_T.shape[0]
 

@@ -22,9 +22,10 @@ class FlashAttentionMetadata:
 
     cache_seqlens_int32_B: tokens in the cache per request, the new ones included. cu_seqlens_q_B1,
     cu_seqlens_k_B1: cumulative lengths. page_table_BP: page ids; entries past a request's pages are whatever
-    was there before. seq_lens_cpu, extend_seq_lens_cpu: the host's copies, as in `ForwardBatch` (empty where only the
-    device knows). plans: what a backend planned for this pass, by attention spec. kept: what a backend keeps from one
-    pass to the next of a captured step, such as the buffers that its plans go to; None in an eager pass."""
+    was there before. q_len: query tokens of every request (1: a decode step), None in a ragged pass. seq_lens_cpu,
+    extend_seq_lens_cpu: the host's copies, as in `ForwardBatch` (empty where only the device knows). plans: what a
+    backend planned for this pass, by attention spec. kept: what a backend keeps from one pass to the next of a captured
+    step, such as the buffers that its plans go to; None in an eager pass."""
 
     cache_seqlens_int32_B: Tensor
     cu_seqlens_q_B1: Tensor
@@ -33,6 +34,7 @@ class FlashAttentionMetadata:
     page_size: int
     max_seq_len_q: int = 1
     max_seq_len_k: int = 0
+    q_len: int | None = None
     seq_lens_cpu: tuple[int, ...] = ()
     extend_seq_lens_cpu: tuple[int, ...] = ()
     plans: dict[Any, Any] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class FlashAttentionMetadata:
         """Take the numbers of `other`, which has the same shapes, in place."""
         for name in ("cache_seqlens_int32_B", "cu_seqlens_q_B1", "cu_seqlens_k_B1", "page_table_BP"):
             getattr(self, name).copy_(getattr(other, name))
-        for name in ("max_seq_len_q", "max_seq_len_k", "seq_lens_cpu", "extend_seq_lens_cpu"):
+        for name in ("max_seq_len_q", "max_seq_len_k", "q_len", "seq_lens_cpu", "extend_seq_lens_cpu"):
             setattr(self, name, getattr(other, name))
         self.plans.clear()
 
@@ -97,6 +99,7 @@ def fill_metadata(
     )
     out.max_seq_len_q = batch.max_seq_len_q
     out.max_seq_len_k = batch.max_seq_len_k
+    out.q_len = batch.q_len
     out.seq_lens_cpu = batch.seq_lens_cpu
     out.extend_seq_lens_cpu = batch.extend_seq_lens_cpu
     out.plans.clear()

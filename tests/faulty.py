@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.backends.torch_backend import TorchBackend
 
 
@@ -26,9 +27,9 @@ class _Sound(TorchBackend):
         super().__init__(*args)
         print(f"in process {os.getpid()}", file=sys.stderr, flush=True)
 
-    def attend(self, q_THD: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        self.act(q_THD)
-        return super().attend(q_THD, *args, **options)
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        self.act(call.q_THD)
+        return super().attend(call)
 
     def act(self, q_THD: Tensor) -> None:
         pass
@@ -122,8 +123,8 @@ class Raises(_Sound):
 class Wrong(_Sound):
     name = "wrong"
 
-    def attend(self, q_THD: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        out, lse = super().attend(q_THD, *args, **options)
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        out, lse = super().attend(call)
         return 2 * out, lse
 
 

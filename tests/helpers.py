@@ -221,8 +221,8 @@ class Scene:
         lowering = backend.lowerings[self.layer_id]
         caches = (self.cache.kv.k(self.layer_id), self.cache.kv.v(self.layer_id))
         sinks = None if lowering.sink_epilogue else self.sinks
-        q_THD, batch = self.qkv()[0], self.batch()
-        _, lse_TH = backend.forward(q_THD, *caches, lowering, batch, sinks_H=sinks, return_lse=True)
+        q_THD = self.qkv()[0]
+        _, lse_TH = backend.forward(q_THD, *caches, lowering, sinks_H=sinks, return_lse=True)
         assert lse_TH is not None and lse_TH.dtype == torch.float32
         return list(lse_TH.split([new for _, new in self.lens]))
 

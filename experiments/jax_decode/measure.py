@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from experiments.jax_decode.rows import publish
 from experiments.jax_decode.scene import DIM, KV_HEADS, PAGE_SIZE, Scene
 from fa_research import backends
+from fa_research.attention.call import AttentionCall
 from fa_research.backends import BackendSettings
 from fa_research.interop.dlpack import HandleCache, import_jax, to_jax, to_torch
 from fa_research.interop.jax import paged_attention as from_jax
@@ -80,16 +81,17 @@ def in_torch(name: str, plan_each: bool, scene: Scene) -> Prepared:
     backend = backends.create(name, settings, [scene.spec])
     scene.metadata.plans.clear()
     backend.plan(scene.metadata, backend.lowerings[0])
+    call = AttentionCall(scene.q_BHD, scene.k_NKD, scene.v_NKD, scene.metadata, scene.spec)
 
     def chain(calls: int) -> Tensor:
         q_BHD = scene.q_BHD
         for _ in range(calls):
             if plan_each:
                 backend.plan(scene.metadata, backend.lowerings[0])
-            q_BHD, _ = backend.attend(q_BHD, scene.k_NKD, scene.v_NKD, scene.metadata, scene.spec)
+            q_BHD, _ = backend.attend(replace(call, q_THD=q_BHD))
         return q_BHD
 
-    out, _ = backend.attend(scene.q_BHD, scene.k_NKD, scene.v_NKD, scene.metadata, scene.spec)
+    out, _ = backend.attend(call)
     return Prepared(out, chain, wait_torch)
 
 

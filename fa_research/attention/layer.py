@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fa_research.attention.call import AttentionOutput
 from fa_research.attention.lowering import Lowering
 from fa_research.attention.merge import apply_sinks
 from fa_research.batch import ForwardBatch, ForwardMode
@@ -41,11 +42,10 @@ class LayerBackend(Protocol):
         k_cache_NKD: Tensor,
         v_cache_NKV: Tensor,
         lowering: Lowering,
-        batch: ForwardBatch,
         *,
         sinks_H: Tensor | None,
         return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]: ...
+    ) -> AttentionOutput: ...
 
 
 class PagedAttention:
@@ -99,7 +99,6 @@ class PagedAttention:
             self._kv.k(layer_id),
             self._kv.v(layer_id),
             lowering,
-            self._batch,
             sinks_H=None if lowering.sink_epilogue else sinks_H,
             return_lse=lowering.sink_epilogue,
         )

@@ -35,6 +35,7 @@ def _decode(metadata: FlashAttentionMetadata, chunk: int) -> FlashAttentionMetad
         metadata.page_table_BP, start_B // metadata.page_size, max_len, metadata.page_size
     )
     cut = _build(metadata, lens_B - start_B, metadata.cu_seqlens_q_B1, table_BP, 1, max_len)
+    cut.q_len = metadata.q_len
     cut.seq_lens_cpu = tuple(n - max(n - 1, 0) // chunk * chunk for n in metadata.seq_lens_cpu)
     return cut
 

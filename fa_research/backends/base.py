@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.local import chunk_metadata
 from fa_research.attention.lowering import Lowering, lower
+from fa_research.attention.merge import apply_sinks
 from fa_research.backends.contract import checked
 from fa_research.backends.graph_state import CudaGraphState
-from fa_research.batch import ForwardBatch, ForwardMode
+from fa_research.batch import ForwardBatch
 from fa_research.errors import ConfigError
 from fa_research.metadata import FlashAttentionMetadata, fill_metadata
 from fa_research.phases import HOST_PLAN, METADATA, mark
@@ -58,6 +61,19 @@ class AttentionBackend(ABC):
     # Parts of the names of the kernels that join split results, for the step-cost ledger.
     combine_kernels: ClassVar[tuple[str, ...]] = ()
     reads_cu_seqlens_k: ClassVar[bool] = False  # JAX's calls have none at hand
+
+    def __init_subclass__(cls) -> None:
+        """Raises TypeError for a backend that was written for the contract before `AttentionCall`."""
+        old = {"attend_into", "forward_decode", "forward_extend"} & vars(cls).keys()
+        try:
+            signature(cls.attend).bind("self", "call")
+        except TypeError:
+            old.add("attend")
+        if old:
+            raise TypeError(
+                f"{cls.__name__}.{min(old)}: backends implement attend(self, call), where call is an AttentionCall "
+                "(fa_research/attention/call.py) and call.metadata.q_len tells decode steps; see README, Add a backend"
+            )
 
     def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
         unknown = set(settings.options) - self.option_names
@@ -112,27 +128,8 @@ class AttentionBackend(ABC):
         buffers whose addresses stay in `metadata.kept`."""
 
     @abstractmethod
-    def attend(
-        self,
-        q_THD: Tensor,
-        k_cache_NKD: Tensor,
-        v_cache_NKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        spec: AttentionSpec,
-        *,
-        sinks_H: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Output [T, H, V] in the query's dtype, and, when asked, LSE [T, H] in float32 (natural, without the
-        sink)."""
-
-    def attend_into(self, out_THV: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        """`attend` with the output in `out_THV`; returns the LSE. Kernels that take an output override it."""
-        result, (q_THD, *_, spec) = self.attend(*args, **kwargs), args
-        lse_asked = kwargs.get("return_lse", False)
-        out, lse = checked(result, q_THD, spec, self.name, return_lse=lse_asked, padded=True)
-        out_THV[: out.shape[0]].copy_(out)  # tokens past the last cumulative length are padding
-        return lse
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        """Attention of one layer over the cache, with what `plan` left in `call.metadata.plans`."""
 
     # What a backend has.
 
@@ -189,11 +186,10 @@ class AttentionBackend(ABC):
         k_cache_NKD: Tensor,
         v_cache_NKV: Tensor,
         lowering: Lowering,
-        batch: ForwardBatch,
         *,
-        sinks_H: Tensor | None,
-        return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        sinks_H: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> AttentionOutput:
         """One layer's attention with the metadata of this pass, or, with `settings.metadata_per_layer`, with metadata
         made by the same call anew: for every kind of layer, as a pass makes them. Raises BackendFault where the result
         has another shape, dtype or device than `attend` promises."""
@@ -203,25 +199,10 @@ class AttentionBackend(ABC):
         self._unread = False
         metadata = self._chunked[lowering.chunk] if lowering.chunk else self.forward_metadata
         assert metadata is not None, "init_forward_metadata comes first"
-        run = self.forward_decode if batch.mode is ForwardMode.DECODE else self.forward_extend
-        result = run(
-            aligned(q_THD),
-            k_cache_NKD,
-            v_cache_NKV,
-            metadata,
-            lowering.spec,
-            sinks_H=sinks_H,
-            return_lse=return_lse,
+        call = AttentionCall(
+            aligned(q_THD), k_cache_NKD, v_cache_NKV, metadata, lowering.spec, sinks_H, return_lse
         )
-        return checked(result, q_THD, lowering.spec, self.name, return_lse=return_lse)
-
-    def forward_extend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Attention of an EXTEND or MIXED pass; arguments and result are those of `attend`."""
-        return self.attend(*args, **kwargs)
-
-    def forward_decode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Attention of a DECODE pass; arguments and result are those of `attend`."""
-        return self.attend(*args, **kwargs)
+        return checked(self.attend(call), call, self.name)
 
     def _set(
         self, metadata: FlashAttentionMetadata, batch: ForwardBatch, state: CudaGraphState | None = None
@@ -249,3 +230,12 @@ def aligned(q_THD: Tensor) -> Tensor:
     ):
         return q_THD
     return q_THD.clone(memory_format=torch.contiguous_format)
+
+
+def sinks_afterwards(backend: AttentionBackend, call: AttentionCall) -> AttentionOutput:
+    """A call with sinks of a kernel that has them, where the kernel's own cannot be used: its LSE holds the sink and
+    ours does not, and sinks of another dtype would be rounded."""
+    assert call.sinks_H is not None
+    out, lse = backend.attend(replace(call, sinks_H=None, return_lse=True))
+    assert lse is not None
+    return apply_sinks(out, lse, call.sinks_H), lse if call.return_lse else None

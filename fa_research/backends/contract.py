@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.errors import BackendFault
-from fa_research.spec import AttentionSpec
 
 
-def checked(
-    result: Any, q_THD: Tensor, spec: AttentionSpec, name: str, *, return_lse: bool, padded: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """`result` of backend `name`, if it is (output, LSE): the output [T, H, V] in the query's dtype; the LSE [T, H] in
-    float32, looked at only with `return_lse`. padded: the last tokens may be padding, which needs no result.
+def checked(result: Any, call: AttentionCall, name: str, *, padded: bool = False) -> AttentionOutput:
+    """`result` of backend `name` for `call`, if it is (output, LSE): the output [T, H, V] in the query's dtype; the LSE
+    [T, H] in float32, looked at only where it was asked for. padded: the last tokens may be padding, which needs no
+    result.
 
     Raises BackendFault, which says what was returned and what was expected.
     """
+    q_THD, spec = call.q_THD, call.spec
     if not isinstance(result, tuple | list) or len(result) != 2:
         kind = (
             f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else _said(result)
@@ -31,7 +31,7 @@ def checked(
     wrong = []
     if not _is(out, shape, q_THD.dtype, q_THD.device):
         wrong.append(_differs("", out, shape, q_THD.dtype, q_THD.device))
-    if return_lse and not _is(lse, shape[:2], torch.float32, q_THD.device):
+    if call.return_lse and not _is(lse, shape[:2], torch.float32, q_THD.device):
         wrong.append(_differs("as LSE ", lse, shape[:2], torch.float32, q_THD.device))
     if wrong:
         raise BackendFault(f"backend {name} returned {'; and '.join(wrong)}")

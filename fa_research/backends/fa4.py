@@ -14,13 +14,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.lowering import Lowering
-from fa_research.attention.merge import apply_sinks
-from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.backends.base import AttentionBackend, BackendSettings, sinks_afterwards
 from fa_research.backends.devices import reasons_against_hopper
-from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import AttentionSpec, Capabilities
 
 _TILE = 128  # keys a tile
@@ -80,28 +78,15 @@ class FA4Backend(AttentionBackend):
             )
         return replace(lowering, reasons=lowering.reasons + tuple(reasons))
 
-    def attend(
-        self,
-        q_THD: Tensor,
-        k_cache_NKD: Tensor,
-        v_cache_NKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        spec: AttentionSpec,
-        *,
-        sinks_H: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        if sinks_H is not None and (return_lse or sinks_H.dtype is not torch.bfloat16):
-            # The kernel's LSE has the sink in it and ours has not; and sinks of another dtype would be rounded.
-            out, lse = self.attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, return_lse=True)
-            assert lse is not None
-            return apply_sinks(out, lse, sinks_H), lse if return_lse else None
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        sinks_H, spec, metadata = call.sinks_H, call.spec, call.metadata
+        if sinks_H is not None and (call.return_lse or sinks_H.dtype is not torch.bfloat16):
+            return sinks_afterwards(self, call)
         band = spec.mask.band()
         assert band is not None, "lowering admits bands only"
         out_THV, lse_HT = self._kernels.flash_attn_varlen_func(
-            q_THD,
-            k_cache_NKD.unflatten(0, (-1, metadata.page_size)),
-            v_cache_NKV.unflatten(0, (-1, metadata.page_size)),
+            call.q_THD,
+            *call.pages(),
             cu_seqlens_q=metadata.cu_seqlens_q_B1,
             max_seqlen_q=metadata.max_seq_len_q,
             max_seqlen_k=metadata.max_seq_len_k,
@@ -114,9 +99,9 @@ class FA4Backend(AttentionBackend):
             learnable_sink=sinks_H,
             softcap=spec.softcap,
             num_splits=1,  # 0 would let it choose splits that it then refuses
-            return_lse=return_lse,
+            return_lse=call.return_lse,
         )
-        return out_THV, lse_HT.transpose(0, 1) if return_lse else None
+        return out_THV, lse_HT.transpose(0, 1) if call.return_lse else None
 
 
 # The DSL's word on the package's own kernels, at each one's compilation.

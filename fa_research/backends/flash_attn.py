@@ -8,15 +8,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fa_research.attention import gather
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.lowering import Lowering
-from fa_research.attention.merge import apply_sinks
-from fa_research.backends.base import AttentionBackend, BackendSettings
+from fa_research.backends.base import AttentionBackend, BackendSettings, sinks_afterwards
 from fa_research.backends.flash_attn_providers import KernelArguments, Provider, resolve
 from fa_research.masks import Band
 from fa_research.metadata import FlashAttentionMetadata
@@ -87,11 +86,6 @@ class FlashAttnBackend(AttentionBackend):
             num_splits=self._num_splits,
         )
 
-    def attend_into(self, out_THV: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        if not self._kernels.takes_out or kwargs.get("sinks_H") is not None:
-            return super().attend_into(out_THV, *args, **kwargs)
-        return self.attend(*args, **kwargs, out_THV=out_THV)[1]
-
     @property
     def page_size_multiple(self) -> int:
         """Pages that are gathered may be of any size."""
@@ -102,23 +96,10 @@ class FlashAttnBackend(AttentionBackend):
         # A fixed single split keeps a request's order of summation the same whatever the batch around it.
         return 1 if self.settings.deterministic else self.settings.num_splits
 
-    def attend(
-        self,
-        q_THD: Tensor,
-        k_cache_NKD: Tensor,
-        v_cache_NKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        spec: AttentionSpec,
-        *,
-        sinks_H: Tensor | None = None,
-        return_lse: bool = False,
-        out_THV: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if sinks_H is not None and (return_lse or sinks_H.dtype not in self._kernels.sinks):
-            # The kernel's LSE has the sink in it and ours has not; and sinks of another dtype would be rounded.
-            out, lse = self.attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, return_lse=True)
-            assert lse is not None
-            return apply_sinks(out, lse, sinks_H), lse if return_lse else None
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        sinks_H, spec, metadata = call.sinks_H, call.spec, call.metadata
+        if sinks_H is not None and (call.return_lse or sinks_H.dtype not in self._kernels.sinks):
+            return sinks_afterwards(self, call)
         band = _band(spec)
         args = KernelArguments(
             scale=spec.scale,
@@ -127,15 +108,15 @@ class FlashAttnBackend(AttentionBackend):
             chunk=band.chunk,
             softcap=spec.softcap,
             num_splits=self._num_splits,
-            return_lse=return_lse,
-            out=out_THV,
+            return_lse=call.return_lse,
+            out=call.out_THV if self._kernels.takes_out else None,
             gathered=self._gathers,
         )
         if self._gathers:
-            k, v = gather.packed(k_cache_NKD, v_cache_NKV, metadata)
+            k, v = gather.packed(call.k_cache_NKD, call.v_cache_NKV, metadata)
         else:
-            k, v = (cache.unflatten(0, (-1, metadata.page_size)) for cache in (k_cache_NKD, v_cache_NKV))
-        return self._kernels.call(q_THD, k, v, metadata, args, metadata.plans.get(spec), sinks_H)
+            k, v = call.pages()
+        return self._kernels.call(call.q_THD, k, v, metadata, args, metadata.plans.get(spec), sinks_H)
 
 
 def _band(spec: AttentionSpec) -> Band:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.lowering import Lowering
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.backends.flashinfer_plans import Partials, Staging, cumulative, paged_rows
@@ -138,7 +139,7 @@ class FlashInferBackend(AttentionBackend):
 
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
         wrappers = self._eager if metadata.kept is None else metadata.kept
-        decode = not metadata.extend_seq_lens_cpu
+        decode = metadata.q_len == 1
         key = (decode, lowering)  # layers of one spec may differ in how they are rewritten
         if key not in wrappers:
             make = self._decode_wrapper if decode else self._extend_wrapper
@@ -222,23 +223,14 @@ class FlashInferBackend(AttentionBackend):
             "disable_split_kv": self._one_split,
         }
 
-    def attend(
-        self,
-        q_THD: Tensor,
-        k_cache_NKD: Tensor,
-        v_cache_NKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        spec: AttentionSpec,
-        *,
-        sinks_H: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        assert sinks_H is None, "lowering applies sinks afterwards"
-        k_PSKD, v_PSKV = (x.unflatten(0, (-1, metadata.page_size)) for x in (k_cache_NKD, v_cache_NKV))
-        out_THV = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        wrapper = metadata.plans[spec]
-        result = wrapper.run(q_THD, (k_PSKD, v_PSKV), out=out_THV, return_lse=return_lse)
-        return (out_THV, natural(result[1])) if return_lse else (out_THV, None)
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        assert call.sinks_H is None, "lowering applies sinks afterwards"
+        q_THD, out_THV = call.q_THD, call.out_THV
+        if out_THV is None:
+            out_THV = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        wrapper = call.metadata.plans[call.spec]
+        result = wrapper.run(q_THD, call.pages(), out=out_THV, return_lse=call.return_lse)
+        return (out_THV, natural(result[1])) if call.return_lse else (out_THV, None)
 
 
 def natural(lse_TH: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.lowering import Lowering
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.backends.flex_options import OPTIONS, check_options
@@ -111,19 +112,10 @@ class FlexBackend(AttentionBackend):
             num_tokens = sum(metadata.extend_seq_lens_cpu) or metadata.batch_size
             self._planned(metadata, lowering.spec, num_tokens, self._num_slots)
 
-    def attend(
-        self,
-        q_THD: Tensor,
-        k_cache_NKD: Tensor,
-        v_cache_NKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        spec: AttentionSpec,
-        *,
-        sinks_H: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        assert sinks_H is None, "sinks are an epilogue"
-        on_gpu = q_THD.is_cuda
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        assert call.sinks_H is None, "sinks are an epilogue"
+        q_THD, k_cache_NKD, v_cache_NKV = call.q_THD, call.k_cache_NKD, call.v_cache_NKV
+        metadata, spec, on_gpu = call.metadata, call.spec, q_THD.is_cuda
         if on_gpu:
             self._check_pool(k_cache_NKD, v_cache_NKV)
         self._num_slots = k_cache_NKD.shape[0]
@@ -136,7 +128,7 @@ class FlexBackend(AttentionBackend):
             tiles.request_I, tiles.first_I, tiles.logical_BN, metadata.cache_seqlens_int32_B,
             blocks.num_partial_I, blocks.partial_IW, blocks.num_full_I, blocks.full_IW,
         )  # fmt: skip
-        out_IHRV, lse_IHR = self._run(spec, metadata.page_size, return_lse, tensors)
+        out_IHRV, lse_IHR = self._run(spec, metadata.page_size, call.return_lse, tensors)
         return _by_token(out_IHRV, tiles), None if lse_IHR is None else _by_token(lse_IHR.float(), tiles)
 
     def _check_pool(self, k_cache_NKD: Tensor, v_cache_NKV: Tensor) -> None:

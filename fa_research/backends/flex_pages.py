@@ -51,7 +51,7 @@ def cut(metadata: FlashAttentionMetadata, num_tokens: int, num_slots: int) -> Ti
     lens_B, cu_q = metadata.cache_seqlens_int32_B, metadata.cu_seqlens_q_B1
     batch_size, device = metadata.batch_size, lens_B.device
     logical_BN = _logical_pages(metadata, num_slots // metadata.page_size)
-    if metadata.max_seq_len_q == 1 and num_tokens == batch_size:
+    if metadata.q_len == 1:
         every_B = torch.arange(batch_size, dtype=torch.int32, device=device)
         return Tiles(every_B, lens_B - 1, lens_B - 1, None, None, logical_BN)
     q_lens_B = cu_q.diff()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.lowering import Lowering
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.errors import ConfigError
@@ -121,29 +122,20 @@ class JaxBackend(AttentionBackend):
         if self.name not in metadata.plans:  # the same for every kind of layer
             metadata.plans[self.name] = _share_metadata(metadata)
 
-    def attend(
-        self,
-        q_THD: Tensor,
-        k_cache_NKD: Tensor,
-        v_cache_NKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        spec: AttentionSpec,
-        *,
-        sinks_H: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        q_THD, metadata, spec, sinks_H = call.q_THD, call.metadata, call.spec, call.sinks_H
         plan: _Plan = metadata.plans[self.name]
-        k_RKD, first_row = self._pool(k_cache_NKD)
-        v_RKV, v_first_row = self._pool(v_cache_NKV)
+        k_RKD, first_row = self._pool(call.k_cache_NKD)
+        v_RKV, v_first_row = self._pool(call.v_cache_NKV)
         assert first_row == v_first_row, "keys and values of one layer lie at the same slots"
-        tokens, one_each = q_THD.shape[0], metadata.max_seq_len_q == 1
+        tokens, one_each = q_THD.shape[0], metadata.q_len == 1
         q = to_jax(_pad_queries(q_THD, bucket(tokens)))
         arrays = (q, k_RKD, v_RKV, first_row, plan.page_table_BP, plan.cache_seqlens_B)
         if sinks_H is not None and not is_aligned(sinks_H):
             sinks_H = sinks_H.clone()
         sinks = None if sinks_H is None else self.handles.get(sinks_H)
         shape = {"page_size": metadata.page_size, "scale": spec.scale, "softcap": spec.softcap}
-        if one_each and tokens == metadata.batch_size and self._choose(spec)[0] == "pallas":
+        if one_each and self._choose(spec)[0] == "pallas":
             out, lse = self._decode(arrays, sinks, spec, shape)
         else:
             from fa_research.kernels.jax_paged import paged_attention
@@ -152,7 +144,7 @@ class JaxBackend(AttentionBackend):
             out, lse = paged_attention(
                 *arrays, plan.cu_seqlens_q_B1, sinks, mask=spec.mask, tile=tile, **shape
             )
-        return to_torch(out)[:tokens], to_torch(lse)[:tokens] if return_lse else None
+        return to_torch(out)[:tokens], to_torch(lse)[:tokens] if call.return_lse else None
 
     def _decode(self, arrays: tuple[Any, ...], sinks: Any, spec: AttentionSpec, shape: dict[str, Any]) -> Any:
         from fa_research.kernels.pallas_decode import paged_decode

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.lowering import Lowering
 from fa_research.attention.reference import paged_attention
 from fa_research.backends.base import AttentionBackend, BackendSettings
@@ -52,31 +52,20 @@ class TorchBackend(AttentionBackend):
     def plan(self, metadata: FlashAttentionMetadata, lowering: Lowering) -> None:
         self._lengths(metadata)
 
-    def attend(
-        self,
-        q_THD: Tensor,
-        k_cache_NKD: Tensor,
-        v_cache_NKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        spec: AttentionSpec,
-        *,
-        sinks_H: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        seq_lens, extend_lens = self._lengths(metadata)
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        metadata, dtype = call.metadata, call.q_THD.dtype
         out, lse = paged_attention(
-            q_THD,
-            k_cache_NKD,
-            v_cache_NKV,
+            call.q_THD,
+            call.k_cache_NKD,
+            call.v_cache_NKV,
             metadata.page_table_BP,
-            seq_lens,
-            extend_lens,
+            *self._lengths(metadata),
             metadata.page_size,
-            spec,
-            sinks_H=sinks_H,
-            compute_dtype=torch.promote_types(q_THD.dtype, torch.float32),
+            call.spec,
+            sinks_H=call.sinks_H,
+            compute_dtype=torch.promote_types(dtype, torch.float32),
         )
-        return out.to(q_THD.dtype), lse.float() if return_lse else None
+        return out.to(dtype), lse.float() if call.return_lse else None
 
     def _lengths(self, metadata: FlashAttentionMetadata) -> tuple[list[int], list[int]]:
         if "lengths" not in metadata.plans:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fa_research.attention import gather
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.lowering import Lowering
 from fa_research.backends.base import AttentionBackend, BackendSettings
 from fa_research.metadata import FlashAttentionMetadata
@@ -64,98 +65,68 @@ class TritonBackend(AttentionBackend):
         if self._gathers and gather.OPTION not in metadata.plans:
             metadata.plans[gather.OPTION] = gather.plan_rows(metadata)
 
-    def attend(
-        self,
-        q_THD: Tensor,
-        k_cache_NKD: Tensor,
-        v_cache_NKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        spec: AttentionSpec,
-        *,
-        sinks_H: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        run = self._decode if metadata.max_seq_len_q == 1 else self._extend
-        return run(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, sinks_H=sinks_H, return_lse=return_lse)
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        # A deterministic extend takes one kernel, whether requests gain one token each or many: their neighbours must
+        # not show. So what counts is the kind of pass, not how many tokens it happens to have.
+        decode = call.metadata.q_len == 1
+        keys = self._keys(call)
+        return self._decode(call, *keys) if decode else self._extend(call, *keys)
 
-    def attend_into(self, out_THV: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        run = self._decode if args[3].max_seq_len_q == 1 else self._extend
-        return run(*args, **kwargs, out=out_THV)[1]
-
-    def forward_extend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        # One token each or many, deterministic extends take one kernel: which neighbours there are must not show.
-        run = self._extend if self.settings.deterministic else self.attend
-        return run(*args, **kwargs)
-
-    def _keys(
-        self, k_cache_NKD: Tensor, v_cache_NKV: Tensor, metadata: FlashAttentionMetadata
-    ) -> tuple[Tensor, Tensor, FlashAttentionMetadata]:
+    def _keys(self, call: AttentionCall) -> tuple[Tensor, Tensor, FlashAttentionMetadata]:
         """Where the kernels find keys and values: in the pages, or, gathered, in one long page a request."""
         if not self._gathers:
-            return k_cache_NKD, v_cache_NKV, metadata
-        rows: FlashAttentionMetadata = metadata.plans[gather.OPTION]
-        return *gather.in_rows(k_cache_NKD, v_cache_NKV, metadata, rows), rows
+            return call.k_cache_NKD, call.v_cache_NKV, call.metadata
+        rows: FlashAttentionMetadata = call.metadata.plans[gather.OPTION]
+        return *gather.in_rows(call.k_cache_NKD, call.v_cache_NKV, call.metadata, rows), rows
 
     def _decode(
-        self,
-        q_THD: Tensor,
-        k_cache_NKD: Tensor,
-        v_cache_NKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        spec: AttentionSpec,
-        **outputs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, call: AttentionCall, k_NKD: Tensor, v_NKV: Tensor, metadata: FlashAttentionMetadata
+    ) -> AttentionOutput:
         from fa_research.kernels.paged_decode import paged_decode
 
-        k_cache_NKD, v_cache_NKV, metadata = self._keys(k_cache_NKD, v_cache_NKV, metadata)
         return paged_decode(
-            q_THD,
-            k_cache_NKD,
-            v_cache_NKV,
+            call.q_THD,
+            k_NKD,
+            v_NKV,
             metadata.page_table_BP,
             metadata.cache_seqlens_int32_B,
             max_seq_len_k=metadata.max_seq_len_k,
             num_splits=self.settings.num_splits,
             deterministic=self.settings.deterministic,
-            **_band_arguments(metadata, spec),
-            **outputs,
+            **_arguments(call, metadata),
         )
 
     def _extend(
-        self,
-        q_THD: Tensor,
-        k_cache_NKD: Tensor,
-        v_cache_NKV: Tensor,
-        metadata: FlashAttentionMetadata,
-        spec: AttentionSpec,
-        **outputs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, call: AttentionCall, k_NKD: Tensor, v_NKV: Tensor, metadata: FlashAttentionMetadata
+    ) -> AttentionOutput:
         from fa_research.kernels.paged_extend import paged_extend
 
-        k_cache_NKD, v_cache_NKV, metadata = self._keys(k_cache_NKD, v_cache_NKV, metadata)
-        band = spec.mask.band()
+        band = call.spec.mask.band()
         return paged_extend(
-            q_THD,
-            k_cache_NKD,
-            v_cache_NKV,
+            call.q_THD,
+            k_NKD,
+            v_NKV,
             metadata.page_table_BP,
             metadata.cache_seqlens_int32_B,
             metadata.cu_seqlens_q_B1,
             max_seq_len_q=metadata.max_seq_len_q,
             max_seq_len_k=metadata.max_seq_len_k,
             causal=band is None or band.causal,
-            **_band_arguments(metadata, spec),
-            **outputs,
+            **_arguments(call, metadata),
         )
 
 
-def _band_arguments(metadata: FlashAttentionMetadata, spec: AttentionSpec) -> dict[str, Any]:
-    band = spec.mask.band()
+def _arguments(call: AttentionCall, metadata: FlashAttentionMetadata) -> dict[str, Any]:
+    """What both kernels take; `metadata` is that of the keys, which may be gathered."""
+    band = call.spec.mask.band()
     assert band is not None, "lowering admits bands only"
     return {
         "page_size": metadata.page_size,
-        "scale": spec.scale,
-        "softcap": spec.softcap,
+        "scale": call.spec.scale,
+        "softcap": call.spec.softcap,
         "window": band.window,
         "chunk": band.chunk,
+        "sinks_H": call.sinks_H,
+        "return_lse": call.return_lse,
+        "out": call.out_THV,
     }

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fa_research import backends
+from fa_research.attention.call import AttentionCall
 from fa_research.attention.merge import apply_sinks
 from fa_research.backends import AttentionBackend, BackendSettings
+from fa_research.backends.contract import checked
 from fa_research.errors import InteropError
 from fa_research.interop import ffi
 from fa_research.interop.replay import Replays
@@ -42,19 +44,16 @@ class SharedBackend:
         (lowering,) = self.backend.lowerings
         late_sinks = sinks_H is not None and lowering.sink_epilogue
         self.backend.plan(metadata, lowering)
-        lse = self.backend.attend_into(
-            out_THV,
-            q_THD,
-            k_PSKD.flatten(0, 1),
-            v_PSKV.flatten(0, 1),
-            metadata,
-            lowering.spec,
-            sinks_H=None if late_sinks else sinks_H,
-            return_lse=lse_TH is not None or late_sinks,
-        )
+        caches = (k_PSKD.flatten(0, 1), v_PSKV.flatten(0, 1))
+        sinks = None if late_sinks else sinks_H
+        return_lse = lse_TH is not None or late_sinks
+        call = AttentionCall(q_THD, *caches, metadata, lowering.spec, sinks, return_lse, out_THV)
+        out, lse = checked(self.backend.attend(call), call, self.backend.name, padded=True)
         if late_sinks:
             assert lse is not None and sinks_H is not None
-            out_THV.copy_(apply_sinks(out_THV, lse, sinks_H))
+            out = apply_sinks(out, lse, sinks_H)
+        if out.data_ptr() != out_THV.data_ptr():
+            out_THV[: out.shape[0]].copy_(out)  # tokens past the last cumulative length are padding
         if lse_TH is not None:
             assert lse is not None
             lse_TH[: lse.shape[0]].copy_(lse)
@@ -84,6 +83,7 @@ class Served:
             inputs[1].shape[1],
             self.max_seq_len_q,
             self.max_seq_len_k,
+            q_len=1 if self.decode else None,
         )
         sinks_H = rest[0] if rest else None
         lse_TH = outputs[1] if self.return_lse else None

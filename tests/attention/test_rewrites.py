@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fa_research import backends
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.lowering import Kind
 from fa_research.attention.reference import paged_attention
 from fa_research.backends.torch_backend import TorchBackend
@@ -39,11 +40,11 @@ class BandTorch(TorchBackend):
             returns_lse=True,
         )
 
-    def attend(self, q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, *, sinks_H=None, return_lse=False):  # type: ignore[no-untyped-def]
-        band = spec.mask.band()
-        assert band is not None and not band.chunk and not spec.softcap
-        assert sinks_H is None and not spec.has_sink
-        return super().attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, return_lse=return_lse)
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        band = call.spec.mask.band()
+        assert band is not None and not band.chunk and not call.spec.softcap
+        assert call.sinks_H is None and not call.spec.has_sink
+        return super().attend(call)
 
 
 def run(
@@ -84,10 +85,9 @@ def test_layers_with_different_chunks_share_one_pass(batch: str) -> None:
     backend = BandTorch(scene.settings(), [long, short, make_spec()])
     scene.check(backend)
     assert backend.lowerings[0].chunk == 64
-    forward = scene.batch()
     args = (scene.qkv()[0], scene.cache.kv.k(1), scene.cache.kv.v(1))
     for spec, lowering in zip((long, short, make_spec()), backend.lowerings, strict=True):
-        out, _ = backend.forward(*args, lowering, forward, sinks_H=None, return_lse=False)
+        out, _ = backend.forward(*args, lowering)
         metadata = backend.forward_metadata
         assert metadata is not None
         lens = (metadata.cache_seqlens_int32_B.tolist(), metadata.cu_seqlens_q_B1.diff().tolist())

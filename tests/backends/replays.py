@@ -25,8 +25,7 @@ def check_replays(name: str, page_size: int, mask: Mask, device: str = "cuda") -
     caches = (scene.cache.kv.k(scene.layer_id), scene.cache.kv.v(scene.layer_id))
 
     def attend() -> torch.Tensor:
-        args = (q_THD, *caches, backend.lowerings[scene.layer_id], static)
-        return backend.forward(*args, sinks_H=None, return_lse=False)[0]
+        return backend.forward(q_THD, *caches, backend.lowerings[scene.layer_id])[0]
 
     def step(batch_size: int) -> torch.Tensor:
         backend.init_forward_metadata_capture_cuda_graph(static, scene.table, state)

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fa_research.attention.call import AttentionCall
+from fa_research.backends.contract import checked
 from fa_research.backends.torch_backend import TorchBackend
 from fa_research.errors import BackendFault
+from fa_research.metadata import FlashAttentionMetadata
 from fa_research.spec import Capabilities
 from tests.helpers import Scene, make_spec
 
@@ -28,8 +31,8 @@ class Returns(TorchBackend):
         can = super().capabilities
         return Capabilities(can.devices, can.dtypes, can.mask_features, returns_lse=True)
 
-    def attend(self, *args: Any, **options: Any) -> Any:
-        out, lse = super().attend(*args, **options)
+    def attend(self, call: AttentionCall) -> Any:
+        out, lse = super().attend(call)
         return self.spoil(out, lse)
 
 
@@ -87,14 +90,14 @@ def test_an_lse_that_nobody_asked_for_is_not_looked_at() -> None:
     run(lambda out, lse: (out, "nothing"))
 
 
-def test_calls_from_jax_are_checked_too() -> None:
-    """Their output may have more tokens than the result: padding."""
-    scene = Scene(make_spec(), LENS, 4, torch.float32)
-    backend = Returns(scene.settings(), scene.specs)
-    metadata = backend.init_forward_metadata(scene.batch(), scene.table)
-    args = (scene.qkv()[0], scene.cache.kv.k(1), scene.cache.kv.v(1), metadata, scene.spec)
-    backend.spoil = lambda out, lse: (out[:4], lse)
-    backend.attend_into(torch.empty(7, 4, 64), *args)
-    backend.spoil = lambda out, lse: (out[:, :1], lse)  # which a copy would spread over all heads
+def test_padding_needs_no_result() -> None:
+    """Calls from JAX may have more tokens than their last cumulative length."""
+    q_THD = torch.zeros(7, 4, 64)
+    caches = (torch.zeros(16, 2, 64), torch.zeros(16, 2, 64))
+    call = AttentionCall(q_THD, *caches, FlashAttentionMetadata.allocate(2, 16, 4, "cpu"), make_spec())
+    out, _ = checked((q_THD[:5], None), call, "torch", padded=True)
+    assert out.shape[0] == 5
+    with pytest.raises(BackendFault, match=r"returned \[5,4,64\] float32, expected \[7,4,64\] float32"):
+        checked((q_THD[:5], None), call, "torch")
     with pytest.raises(BackendFault, match=r"returned \[5,1,64\] float32, expected \[5,4,64\] float32"):
-        backend.attend_into(torch.empty(7, 4, 64), *args)
+        checked((q_THD[:5, :1], None), call, "torch", padded=True)  # a copy would spread it over all heads

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fa_research import backends
+from fa_research.attention.call import AttentionCall
 from fa_research.attention.lowering import Kind
 from fa_research.attention.merge import apply_sinks
 from fa_research.backends import BackendSettings, fa4
@@ -105,7 +106,7 @@ def test_what_it_asks_of_the_kernels(
     backend = FA4Backend(settings(), [spec])
     metadata = FlashAttentionMetadata.allocate(3, 32, 16, "cpu")
     q, kv, sinks = torch.zeros(3, 4, 64), torch.zeros(7 * 16, 2, 64), torch.arange(4.0, dtype=torch.bfloat16)
-    out, lse = backend.attend(q, kv, kv, metadata, spec, sinks_H=sinks)
+    out, lse = backend.attend(AttentionCall(q, kv, kv, metadata, spec, sinks))
     assert lse is None and torch.equal(out, torch.ones_like(q))
     (told,) = calls
     assert (told["causal"], told["window_size"], told["softcap"]) == (causal, window, 4.0)
@@ -114,7 +115,7 @@ def test_what_it_asks_of_the_kernels(
     )
     assert told["learnable_sink"].dtype is torch.bfloat16
     assert told["k"].shape == (7, 16, 2, 64) and told["k"].data_ptr() == kv.data_ptr()
-    out, lse = backend.attend(q, kv, kv, metadata, spec, sinks_H=sinks, return_lse=True)
+    out, lse = backend.attend(AttentionCall(q, kv, kv, metadata, spec, sinks, return_lse=True))
     assert calls[1]["learnable_sink"] is None, "its LSE would have the sink in it"
     assert lse is not None and lse.shape == (3, 4)
     assert torch.equal(out, apply_sinks(torch.ones_like(q), lse, sinks))

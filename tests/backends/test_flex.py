@@ -52,7 +52,14 @@ def metadata_of(lens: tuple[tuple[int, int], ...], page_size: int) -> FlashAtten
     lengths = torch.nn.functional.pad(totals.cumsum(0), (1, 0)).int()
     max_q = max(new for _, new in lens)
     return FlashAttentionMetadata(
-        totals.int(), new.cumsum(0).int(), lengths, table, page_size, max_q, int(totals.max())
+        totals.int(),
+        new.cumsum(0).int(),
+        lengths,
+        table,
+        page_size,
+        max_q,
+        int(totals.max()),
+        max_q if max_q == 1 else None,
     )
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fa_research import backends
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.layer import PagedAttention
 from fa_research.attention.lowering import Lowering
 from fa_research.backends.torch_backend import TorchBackend
@@ -48,21 +48,17 @@ class Recorder(TorchBackend):
         self.calls.append(("plan", metadata.cache_seqlens_int32_B.tolist(), lowering))
         metadata.plans[lowering.spec] = len(self.calls)
 
-    def forward_extend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        self.calls.append("extend")
-        return super().forward_extend(*args, **kwargs)
-
-    def forward_decode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        self.calls.append("decode")
-        return super().forward_decode(*args, **kwargs)
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        self.calls.append(("attend", call.metadata.q_len))
+        return super().attend(call)
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_dispatch_by_mode(decode: bool) -> None:
+def test_a_pass_says_what_it_is(decode: bool) -> None:
     scene = Scene(make_spec(), DECODE if decode else MIXED, 4, torch.float32, decode=decode)
     backend = Recorder(scene.settings(), scene.specs)
     scene.run(backend)
-    assert backend.calls[-1] == ("decode" if decode else "extend")
+    assert backend.calls[-1] == ("attend", 1 if decode else None)
 
 
 def test_each_kind_of_layer_is_planned_once_a_pass() -> None:
@@ -135,16 +131,12 @@ def test_one_pass_of_metadata_serves_every_layer(name: str) -> None:
     scene = Scene(make_spec(), ((5, 3), (0, 4)), 4, torch.float32)
     backend = scene.backend(name)
     scene.run(backend)
-    kv, batch = scene.cache.kv, scene.batch()
+    kv = scene.cache.kv
     kv.k(0).copy_(kv.k(1))
     kv.v(0).copy_(-kv.v(1))
     args = (scene.qkv()[0],)
-    first = backend.forward(
-        *args, kv.k(0), kv.v(0), backend.lowerings[0], batch, sinks_H=None, return_lse=False
-    )[0]
-    second = backend.forward(
-        *args, kv.k(1), kv.v(1), backend.lowerings[1], batch, sinks_H=None, return_lse=False
-    )[0]
+    first = backend.forward(*args, kv.k(0), kv.v(0), backend.lowerings[0])[0]
+    second = backend.forward(*args, kv.k(1), kv.v(1), backend.lowerings[1])[0]
     torch.testing.assert_close(first, -second)
 
 
@@ -158,10 +150,10 @@ def test_an_eager_decode_waits_for_nothing(name: str, device: str, page_size: in
     backend = scene.backend(name)
     batch, qkv = scene.batch(), scene.qkv()
     scene.run(backend)  # compiles
-    args = (qkv[0], scene.cache.kv.k(1), scene.cache.kv.v(1), backend.lowerings[1], batch)
+    args = (qkv[0], scene.cache.kv.k(1), scene.cache.kv.v(1), backend.lowerings[1])
     with no_synchronisation():
         backend.init_forward_metadata(batch, scene.table)
-        backend.forward(*args, sinks_H=None, return_lse=False)
+        backend.forward(*args)
 
 
 @pytest.mark.parametrize("device", DEVICES)

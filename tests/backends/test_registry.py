@@ -216,3 +216,20 @@ def test_the_definition_has_no_splits() -> None:
     """Ignoring the key would make a sweep over it look as if it changed nothing."""
     with pytest.raises(Unsupported, match=r"backend.num_splits=4.*use 0"):
         backends.create("torch", settings(num_splits=4), [SPEC])
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        {"attend": lambda self, q, k, v, metadata, spec, *, sinks_H=None, return_lse=False: None},
+        {"forward_decode": lambda self, *args, **kwargs: None},
+        {"attend_into": lambda self, out, *args, **kwargs: None},
+    ],
+)
+def test_a_backend_for_the_contract_before_attention_calls_is_told_what_changed(
+    methods: dict[str, Any],
+) -> None:
+    with pytest.raises(
+        TypeError, match=rf"Old.{min(methods)}: backends implement attend\(self, call\).*README"
+    ):
+        type("Old", (TorchBackend,), methods)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fa_research import backends
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.lowering import Lowering
 from fa_research.backends import AttentionBackend, BackendSettings, CudaGraphState
 from fa_research.backends.torch_backend import TorchBackend
@@ -64,11 +65,14 @@ class _Planner(AttentionBackend):
         metadata.plans[lowering.spec] = planned = self.planned[lowering]
         planned[: len(lens)].copy_(torch.tensor(lens, dtype=torch.int32))
 
-    def forward_decode(self, q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options):  # type: ignore[no-untyped-def]
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        metadata = call.metadata
+        if metadata.q_len != 1:
+            return super().attend(call)
         self.events.append("attend")
-        lens_B = metadata.plans[spec][: metadata.batch_size]
+        lens_B = metadata.plans[call.spec][: metadata.batch_size]
         metadata = dataclasses.replace(metadata, cache_seqlens_int32_B=lens_B, plans={})
-        return super().forward_decode(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options)
+        return super().attend(dataclasses.replace(call, metadata=metadata))
 
 
 class TorchPlanner(_Planner, TorchBackend):

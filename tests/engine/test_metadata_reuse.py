@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fa_research import backends
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.attention.lowering import Lowering
 from fa_research.backends import AttentionBackend, BackendSettings
 from fa_research.backends.torch_backend import TorchBackend
@@ -50,9 +50,9 @@ class Planner(TorchBackend):
         self.plans += 1
         metadata.plans[lowering.spec] = self.plans
 
-    def attend(self, *args: Any, **kwargs: Any) -> Any:
-        assert args[3].plans[args[4]] == self.plans, "not the newest plan"
-        return super().attend(*args, **kwargs)
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        assert call.metadata.plans[call.spec] == self.plans, "not the newest plan"
+        return super().attend(call)
 
 
 def per_layer(place: Place, cls: type[AttentionBackend] | None = None, mask: Mask | None = None) -> Lab:

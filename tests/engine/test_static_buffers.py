@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.backends import BackendSettings
 from fa_research.backends.torch_backend import TorchBackend
 from fa_research.config import GraphMode
@@ -66,10 +67,11 @@ class Witness(TorchBackend):
         super().__init__(settings, specs)
         self.seen: list[tuple[int, dict[str, int]]] = []
 
-    def forward_decode(self, q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options):  # type: ignore[no-untyped-def]
-        pointers = {name: tensor.data_ptr() for name, tensor in metadata_tensors(metadata).items()}
-        self.seen.append((metadata.batch_size, pointers))
-        return super().forward_decode(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options)
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        if call.metadata.q_len == 1:
+            pointers = {name: tensor.data_ptr() for name, tensor in metadata_tensors(call.metadata).items()}
+            self.seen.append((call.metadata.batch_size, pointers))
+        return super().attend(call)
 
 
 def test_known_failure_1_every_batch_size_attends_with_the_static_metadata() -> None:

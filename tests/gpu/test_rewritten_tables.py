@@ -32,7 +32,7 @@ def test_the_table_may_be_rewritten_while_a_kernel_is_under_way(name: str, page_
     with torch.cuda.stream(side):
         torch.cuda._sleep(1_000_000_000)  # about half a second
         backend.init_forward_metadata(batch, scene.table)
-        out, _ = backend.forward(q_THD, *pools, backend.lowerings[1], batch, sinks_H=None, return_lse=False)
+        out, _ = backend.forward(q_THD, *pools, backend.lowerings[1])
         rows = {request.row for request in scene.requests}
         for request in scene.requests:
             scene.cache.close(request)

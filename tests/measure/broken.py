@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fa_research.attention.call import AttentionCall, AttentionOutput
 from fa_research.backends import BackendSettings
 from fa_research.backends.torch_backend import TorchBackend
 from fa_research.config import Config
@@ -21,9 +22,9 @@ from fa_research.spec import AttentionSpec
 
 
 class _Broken(TorchBackend):
-    def attend(self, q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options):  # type: ignore[no-untyped-def]
-        metadata, spec = self.change(metadata, spec)
-        out, lse = super().attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options)
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        metadata, spec = self.change(call.metadata, call.spec)
+        out, lse = super().attend(dataclasses.replace(call, metadata=metadata, spec=spec))
         return self.spoil(out), lse
 
     def change(
@@ -50,9 +51,10 @@ class DropsLastKey(_Broken):
 
     name = "drops_last_key"
 
-    def forward_decode(self, q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options):  # type: ignore[no-untyped-def]
-        metadata = _with(metadata, cache_seqlens_int32_B=metadata.cache_seqlens_int32_B - 1)
-        return self.attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options)
+    def change(self, metadata, spec):  # type: ignore[no-untyped-def]
+        if metadata.q_len == 1:
+            metadata = _with(metadata, cache_seqlens_int32_B=metadata.cache_seqlens_int32_B - 1)
+        return metadata, spec
 
 
 class WindowOneWider(_Broken):
@@ -92,10 +94,10 @@ class LongPrefillMixesPages(_Broken):
 
     name = "long_prefill_mixes_pages"
 
-    def forward_extend(self, q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options):  # type: ignore[no-untyped-def]
+    def change(self, metadata, spec):  # type: ignore[no-untyped-def]
         if metadata.max_seq_len_q > 7:
             metadata = _with(metadata, page_table_BP=metadata.page_table_BP.roll(1, 1))
-        return self.attend(q_THD, k_cache_NKD, v_cache_NKV, metadata, spec, **options)
+        return metadata, spec
 
 
 class PrefillIsZero(_Broken):
@@ -103,9 +105,9 @@ class PrefillIsZero(_Broken):
 
     name = "prefill_is_zero"
 
-    def forward_extend(self, *args, **options):  # type: ignore[no-untyped-def]
-        out, lse = self.attend(*args, **options)
-        return out * 0, lse
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        out, lse = super().attend(call)
+        return out * (call.metadata.q_len == 1), lse
 
 
 class HalvesLastRow(_Broken):

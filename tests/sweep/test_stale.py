@@ -25,8 +25,8 @@ Path(__file__).write_text(Path(__file__).read_text() + "# imported\\n")
 class Mine(TorchBackend):
     name = "mine"
 
-    def attend(self, *args, **options):
-        out, lse = super().attend(*args, **options)
+    def attend(self, call):
+        out, lse = super().attend(call)
         return out * FACTOR, lse
 """
 

@@ -19,8 +19,8 @@ from fa_research.backends.torch_backend import TorchBackend
 
 
 class Mine(TorchBackend):
-    def attend(self, q_THD, *args, **options):
-        return torch.einsum("abc,d->e", q_THD, q_THD), None
+    def attend(self, call):
+        return torch.einsum("abc,d->e", call.q_THD, call.q_THD), None
 """
 
 
@@ -52,7 +52,7 @@ def test_the_log_ends_with_it(
     assert "Traceback" in caplog.text and "functional.py" in caplog.text, "nothing of the traceback is lost"
     assert caplog.records[-1].getMessage() == (
         f"raised by {tmp_path / 'mine.py'}, line 8, in attend: "
-        'return torch.einsum("abc,d->e", q_THD, q_THD), None'
+        'return torch.einsum("abc,d->e", call.q_THD, call.q_THD), None'
     )
 
 
