@@ -101,11 +101,6 @@ class AttentionBackend(ABC):
     def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
         """Every reason why this machine cannot run it (missing package, GPU too old); empty if it can."""
 
-    @classmethod
-    def speed_rank(cls, device: torch.device) -> int:
-        """Order in which `backend=auto` tries backends on this device, highest first; below 0: never."""
-        return -1
-
     @property
     @abstractmethod
     def capabilities(self) -> Capabilities:

@@ -21,10 +21,6 @@ class FA2Backend(FlashAttnBackend):
     def device_reasons(cls, device: torch.device) -> tuple[str, ...]:
         return reasons_against_ampere(device)
 
-    @classmethod
-    def speed_rank(cls, device: torch.device) -> int:
-        return 10 if device.type == "cuda" else -1
-
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(

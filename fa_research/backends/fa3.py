@@ -19,10 +19,6 @@ class FA3Backend(FlashAttnBackend):
     def device_reasons(cls, device: torch.device) -> tuple[str, ...]:
         return reasons_against_hopper(device)
 
-    @classmethod
-    def speed_rank(cls, device: torch.device) -> int:
-        return 30 if device.type == "cuda" else -1
-
     @property
     def capabilities(self) -> Capabilities:
         chunk = {"chunk"} if self._kernels.chunk else set()

@@ -47,10 +47,6 @@ class FA4Backend(AttentionBackend):
         reason = load()[1]
         return () if reason is None else (reason,)
 
-    @classmethod
-    def speed_rank(cls, device: torch.device) -> int:
-        return 10 if device.type == "cuda" else -1
-
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(

@@ -57,12 +57,6 @@ class FlashInferBackend(AttentionBackend):
     def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
         return reasons_unavailable(settings)
 
-    @classmethod
-    def speed_rank(cls, device: torch.device) -> int:
-        return (
-            15 if device.type == "cuda" else -1
-        )  # below `triton`, which plans nothing on the host in a step
-
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(

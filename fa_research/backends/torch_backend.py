@@ -24,10 +24,6 @@ class TorchBackend(AttentionBackend):
     def unavailable(cls, settings: BackendSettings) -> tuple[str, ...]:
         return ()
 
-    @classmethod
-    def speed_rank(cls, device: torch.device) -> int:
-        return 0
-
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(

@@ -42,10 +42,6 @@ class TritonBackend(AttentionBackend):
             reasons.append("device=cpu on a machine with a GPU needs TRITON_INTERPRET=1 in the environment")
         return tuple(reasons)
 
-    @classmethod
-    def speed_rank(cls, device: torch.device) -> int:
-        return 20 if device.type == "cuda" else -1
-
     @property
     def capabilities(self) -> Capabilities:
         dtypes = {"float16", "float32"}

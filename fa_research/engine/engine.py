@@ -136,11 +136,11 @@ def create_backend(
         metadata_per_layer=config.backend.metadata is MetadataReuse.per_layer,
         options=config.backend.options,
     )
-    name = config.backend.name
-    if name == "auto":
-        name, because = choose(settings, specs)
-        notes.append(f"backend=auto chose {name}: {because}")
-    backend = create(name, settings, specs)
+    if config.backend.name == "auto":
+        backend, because = choose(settings, specs)
+        notes.append(f"backend=auto chose {backend.name}: {because}")
+    else:
+        backend = create(config.backend.name, settings, specs)
     notes += backend.notes
     return backend
 

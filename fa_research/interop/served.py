@@ -116,11 +116,8 @@ def shared_backend(
         )
     settings = BackendSettings(device, dtype, page_size, longest)
 
-    def reasons_from_jax(name: str) -> tuple[str, ...]:
-        return _reasons_from_jax(backends.create(name, settings, [spec]))
-
     if name == "auto":
-        name, _ = backends.choose(settings, [spec], also=reasons_from_jax)
+        return SharedBackend(backends.choose(settings, [spec], also=_reasons_from_jax)[0])
     made = backends.create(name, settings, [spec])
     if reasons := _reasons_from_jax(made):
         raise InteropError(f"backend={name} {'; '.join(reasons)}; use backend=triton")

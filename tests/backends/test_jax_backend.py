@@ -256,7 +256,7 @@ from fa_research import backends
 from fa_research.spec import AttentionSpec
 settings = backends.BackendSettings(torch.device("cpu"), torch.float32, 16, 128)
 spec = AttentionSpec(4, 2, 64, 64, 0.1)
-assert backends.choose(settings, [spec])[0] == "torch"
+assert backends.choose(settings, [spec])[0].name == "torch"
 assert "jax" in backends.names() and backends.reasons_against("jax", settings, [spec]) == ()
 try:
     backends.create("fa3", backends.BackendSettings(torch.device("cpu"), torch.float32, 16, 128), [spec])

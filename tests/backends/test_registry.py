@@ -11,6 +11,7 @@ import torch
 
 from fa_research import backends
 from fa_research.backends import AttentionBackend, BackendSettings
+from fa_research.backends.preference import BY_GPU, Preference, preference
 from fa_research.backends.torch_backend import TorchBackend
 from fa_research.errors import BackendUnavailable, ConfigError, Unsupported
 from fa_research.masks import Chunked
@@ -128,31 +129,46 @@ def test_refusals_survive_pickling() -> None:
 
 @NO_GPU
 def test_auto_takes_torch_on_the_cpu_and_says_why() -> None:
-    name, why = backends.choose(settings(), [SPEC])
-    assert (name, why) == ("torch", "the first choice on this device")
+    backend, why = backends.choose(settings(), [SPEC])
+    assert (backend.name, why) == (
+        "torch",
+        "on this device the others are for tests only",
+    )
 
 
-def test_auto_goes_from_the_fastest_down_and_says_what_it_passed_over(
+def test_auto_goes_down_the_measured_order_and_says_what_it_passed_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def ranked(backend: str, rank: int, reasons: tuple[str, ...] = ()) -> type[AttentionBackend]:
+    made: list[str] = []
+
+    def kind(backend: str, reasons: tuple[str, ...] = ()) -> type[AttentionBackend]:
+        def init(self: TorchBackend, *args: Any) -> None:
+            made.append(backend)
+            TorchBackend.__init__(self, *args)
+
         members = {
             "name": backend,
-            "speed_rank": classmethod(lambda cls, device: rank),
             "unavailable": classmethod(lambda cls, settings: reasons),
+            "__init__": init,
         }
         return type(backend, (TorchBackend,), members)
 
-    order = [
-        ranked("slow", 1),
-        ranked("absent", 9, ("no such chip",)),
-        ranked("fast", 5),
-        ranked("never", -1),
-    ]
-    monkeypatch.setattr(backends, "_registry", lambda: {cls.name: cls for cls in order})
-    assert backends.choose(settings(), [SPEC]) == ("fast", "not absent (no such chip)")
-    found = backends.choose(settings(), [SPEC], also=lambda name: ["too fast"] if name == "fast" else [])
-    assert found == ("slow", "not absent (no such chip); not fast (too fast)")
+    found = [kind("slow"), kind("absent", ("no such chip",)), kind("fast"), kind("never")]
+    monkeypatch.setattr(backends, "_registry", lambda: {cls.name: cls for cls in found})
+    order = Preference(("absent", "fast", "slow"), "in the order of this test")
+    monkeypatch.setattr(backends, "preference", lambda device: order)
+    backend, why = backends.choose(settings(), [SPEC])
+    assert (backend.name, why) == ("fast", "not absent (no such chip); in the order of this test")
+    assert made == ["fast"], "each backend is made once"
+    backend, why = backends.choose(
+        settings(), [SPEC], also=lambda backend: ["too fast"] if backend.name == "fast" else []
+    )
+    assert backend.name == "slow" and why.startswith("not absent (no such chip); not fast (too fast)")
+
+
+def test_every_backend_of_the_order_exists() -> None:
+    for preferred in [*BY_GPU.values(), preference(torch.device("cpu"))]:
+        assert set(preferred.order) <= set(backends.names()) and preferred.order[-1] == "torch"
 
 
 def test_auto_where_nothing_works_lists_what_was_tried() -> None:
@@ -164,14 +180,14 @@ def test_auto_where_nothing_works_lists_what_was_tried() -> None:
 
 @pytest.mark.gpu
 def test_auto_on_the_gpu_takes_the_fastest_that_supports_the_layers() -> None:
-    ranked = {name: backends._registry()[name].speed_rank(torch.device("cuda")) for name in backends.names()}
+    order = preference(torch.device("cuda", 0)).order
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         asked = settings("cuda", dtype)
-        name, why = backends.choose(asked, [SPEC])
-        can = [other for other in backends.names() if not backends.reasons_against(other, asked, [SPEC])]
-        assert name == max(can, key=lambda other: ranked[other])
-        for faster in (other for other in ranked if ranked[other] > ranked[name]):
-            assert f"not {faster} (" in why
+        backend, why = backends.choose(asked, [SPEC])
+        name = backend.name
+        assert name == next(other for other in order if not backends.reasons_against(other, asked, [SPEC]))
+        for before in order[: order.index(name)]:
+            assert f"not {before} (" in why
     assert name == "torch" and "dtype float64" in why
 
 

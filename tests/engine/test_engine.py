@@ -127,7 +127,7 @@ def test_the_gpu_is_the_automatic_choice() -> None:
 def test_the_automatic_backend_is_noted_with_its_reason() -> None:
     engine = engine_of(config_of(backend=BackendConfig("auto")))
     assert engine.backend.name == "torch"
-    assert engine.notes == ["backend=auto chose torch: the first choice on this device"]
+    assert engine.notes == ["backend=auto chose torch: on this device the others are for tests only"]
     assert engine_of(config_of(backend=BackendConfig("torch"))).notes == []
 
 
