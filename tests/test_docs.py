@@ -20,7 +20,7 @@ from fa_research.config import WORKLOADS, Config, load_config
 from fa_research.config.free_text import quote_free_text
 from fa_research.config.store import CONFIG_DIR, GROUPS, choices, register
 from tests.test_checkpoint_config import folder_of
-from tests.test_imports import FLOORS, PACKAGE, ROOT
+from tests.test_imports import LAYERS, PACKAGE, ROOT
 
 DOCUMENTS = (
     "README.md",
@@ -156,10 +156,10 @@ def test_every_path_in_the_documents_exists(document: str, example_config: Path)
     assert not missing
 
 
-def test_the_floors_are_those_that_are_enforced() -> None:
+def test_the_layers_are_those_that_are_enforced() -> None:
     rows = re.findall(r"^\| (\d+) \| `([\w/.]+)` \|", text_of("ARCHITECTURE.md"), re.MULTILINE)
-    written = {name.rstrip("/").removesuffix(".py"): int(floor) for floor, name in rows}
-    built = {name: floor for name, floor in FLOORS.items() if list(PACKAGE.glob(f"{name}*"))}
+    written = {name.rstrip("/").removesuffix(".py"): int(layer) for layer, name in rows}
+    built = {name: layer for name, layer in LAYERS.items() if list(PACKAGE.glob(f"{name}*"))}
     assert written == built
 
 

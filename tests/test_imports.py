@@ -1,4 +1,4 @@
-"""The floors of the house: a module imports from its own floor or from below, also inside functions."""
+"""The layers of the package: a module imports from its own layer or from below, also inside functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fa_research"
 
-FLOORS: dict[str, int] = {
+LAYERS: dict[str, int] = {
     **dict.fromkeys(
         [
             "errors",
@@ -76,7 +76,7 @@ def modules() -> list[Path]:
 
 
 def part_of(path: Path) -> str:
-    """The part of the house that a file belongs to: its folder, or its own name at the top."""
+    """The part of the package that a file belongs to: its folder, or its own name at the top."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -95,7 +95,7 @@ def imported(tree: ast.AST, path: Path) -> Iterator[str]:
 
 def parts_imported(path: Path) -> set[str]:
     names = {tuple(name.split(".")) for name in imported(ast.parse(path.read_text()), path)}
-    return {name[1] for name in names if name[0] == "fa_research" and len(name) > 1 and name[1] in FLOORS}
+    return {name[1] for name in names if name[0] == "fa_research" and len(name) > 1 and name[1] in LAYERS}
 
 
 def ids(path: Path) -> str:
@@ -105,9 +105,9 @@ def ids(path: Path) -> str:
 @pytest.mark.parametrize("path", modules(), ids=ids)
 def test_imports_go_downward_only(path: Path) -> None:
     part = part_of(path)
-    assert part in FLOORS, f"{part} has no floor yet: give it one in FLOORS"
-    upward = {other for other in parts_imported(path) if FLOORS[other] > FLOORS[part]}
-    assert not upward, f"{part} (floor {FLOORS[part]}) imports {sorted(upward)} from above"
+    assert part in LAYERS, f"{part} has no layer yet: give it one in LAYERS"
+    upward = {other for other in parts_imported(path) if LAYERS[other] > LAYERS[part]}
+    assert not upward, f"{part} (layer {LAYERS[part]}) imports {sorted(upward)} from above"
     if part in LEAVES:
         assert parts_imported(path) <= {part}
 
