@@ -96,6 +96,10 @@ class DoesNotFit(FaResearchError):
     """The cell needs more memory than there is; nothing was built."""
 
 
+class CacheError(FaResearchError):
+    """A call on the KV cache that would break its bookkeeping; nothing has changed."""
+
+
 class CellLost(FaResearchError):
     """The process that ran a cell of a sweep ended, or was ended, before the cell was done.
 

@@ -1,7 +1,8 @@
-"""Which pages are free: a free list on the host with a reference count per page.
+"""Which pages are free: a free list on the host, and the number of owners of each page.
 
-The idea is vLLM's block manager and SGLang's paged token allocator. A count above one means that several requests
-share a full prefix page; only a page with one owner is ever written.
+The idea is vLLM's block manager and SGLang's paged token allocator. A page with more than one owner is a full prefix
+page; only a page with one owner is ever written. These counts are the only ones: whether a page can be evicted follows
+from them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from fa_research.errors import KVCacheFull
 
 
 class PagedAllocator:
-    """Hands out pages 1..num_pages; page 0 is the sink for padded entries and never leaves.
+    """Hands out pages 1..num_pages; page 0 is the null page, which padded entries write, and
+    is never handed out.
 
     num_pages counts the pages that can be handed out. Nothing here touches the device.
     """
@@ -42,7 +44,7 @@ class PagedAllocator:
         return tuple(self._free)
 
     def references(self, page: int) -> int:
-        """How many requests hold this page."""
+        """How many owners this page has."""
         return self._references[page]
 
     def pages_for(self, prefix_len: int, seq_len: int) -> int:
@@ -91,7 +93,7 @@ class PagedAllocator:
         """The invariant: free + used = total, and no page is free twice or free and owned."""
         free = set(self._free)
         assert len(free) == len(self._free), "a page is in the free list twice"
-        assert 0 not in free and self._references[0] == 0, "the sink page was handed out"
+        assert 0 not in free and self._references[0] == 0, "the null page was handed out"
         used = {page for page, count in enumerate(self._references) if count > 0}
         assert not free & used, f"pages both free and used: {sorted(free & used)}"
         assert len(free) + len(used) == self.num_pages, "a page leaked"

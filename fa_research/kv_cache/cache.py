@@ -3,31 +3,58 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from fa_research.errors import ConfigError
+from fa_research.errors import CacheError, ConfigError
 from fa_research.kv_cache.allocator import PagedAllocator
 from fa_research.kv_cache.pool import TokenToKVPool
+from fa_research.kv_cache.prefix_cache import PrefixCache, Tokens
 from fa_research.kv_cache.req_to_token import ReqToTokenPool
+
+
+class PageOwner(Protocol):
+    """Who holds pages. The allocator counts a page once for each owner."""
+
+    def held_pages(self) -> Iterable[int]:
+        """Every page that it owns, once."""
+        ...
+
+    def writable_pages(self) -> Iterable[int]:
+        """Those of them that it may still write; no one else may own these."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
 class CachedRequest:
-    """One request's place: its row in `req_to_token`, its pages in order, and how many tokens are in the
-    cache."""
+    """One request's place: its row in `req_to_token`, its pages in order, and how many tokens are in the cache. It owns
+    its pages."""
 
     row: int
+    page_size: int
     seq_len: int = 0
     pages: list[int] = field(default_factory=list)
 
+    def held_pages(self) -> Sequence[int]:
+        """Every page, also those that are reserved and hold no token yet."""
+        return self.pages
+
+    def writable_pages(self) -> Sequence[int]:
+        """The partly filled last page, and those behind it."""
+        return self.pages[self.seq_len // self.page_size :]
+
 
 class PagedKVCache:
-    """Opens, grows, forks and closes requests. Growth is all or nothing: KVCacheFull changes nothing.
+    """Opens, grows, shrinks, forks and closes requests. Each operation does all of what it was asked or raises and
+    changes nothing: KVCacheFull, ConfigError (the context limit, no free row), or CacheError for a call that makes no
+    sense, such as one with a request that is closed or named twice.
 
-    check_invariants: verify the whole bookkeeping after every operation (`debug.check_invariants`). poison:
-    NaN in the sink page and in every free page; a page is cleared when it is handed out (`debug.poison`).
-    What lies past a request's end in its own last page stays finite, as the pool promises to the kernels."""
+    prefix_cache: keeps the pages of closed requests for later ones with the same prefix, until they are needed
+    (None: pages are freed with their last request). check_invariants: verify the whole bookkeeping after every
+    operation (`debug.check_invariants`). poison: NaN in the null page and in every free page; a page is cleared when it
+    is handed out (`debug.poison`). What lies past a request's end in its own last page stays finite, as the pool
+    promises to the kernels."""
 
     def __init__(
         self,
@@ -35,6 +62,7 @@ class PagedKVCache:
         allocator: PagedAllocator,
         kv: TokenToKVPool,
         *,
+        prefix_cache: PrefixCache | None = None,
         check_invariants: bool = False,
         poison: bool = False,
     ) -> None:
@@ -43,84 +71,189 @@ class PagedKVCache:
         self.allocator = allocator
         self.kv = kv
         self.page_size = allocator.page_size
-        self.requests: dict[int, CachedRequest] = {}
+        self.prefix_cache = prefix_cache
+        self.requests: set[CachedRequest] = set()
         self._check_invariants = check_invariants
         self._poison = poison
         if poison:
             kv.poison()
 
-    def open(self) -> CachedRequest:
-        """A new request without tokens."""
-        request = CachedRequest(self.req_to_token.alloc())
-        self.requests[request.row] = request
+    def owners(self) -> Iterator[PageOwner]:
+        """All that hold pages: the requests that are open, and the prefix cache."""
+        yield from self.requests
+        if self.prefix_cache is not None:
+            yield self.prefix_cache
+
+    def open(self, prefix: Sequence[int] = ()) -> CachedRequest:
+        """A new request. It begins with the tokens in the pages `prefix`, as `PrefixCache.match` returned them, which
+        nothing can evict from then on."""
+        seq_len = len(prefix) * self.page_size
+        self._check_limit([seq_len])
+        if unowned := [page for page in prefix if not self.allocator.references(page)]:
+            raise CacheError(
+                f"open with a prefix in page {unowned[0]}, which is free: it was evicted after it had been matched; "
+                "match again"
+            )
+        request = CachedRequest(self.req_to_token.alloc(), self.page_size, seq_len, list(prefix))
+        self.requests.add(request)
+        self.allocator.share(prefix)
+        self.req_to_token.write_pages([request.row] * len(prefix), list(range(len(prefix))), request.pages)
+        self._after()
         return request
 
     def reserve(self, requests: Sequence[CachedRequest], seq_lens: Sequence[int]) -> None:
-        """Make sure that each request has slots for `seq_lens` tokens in all. Raises KVCacheFull or
-        ConfigError (past the context limit), and then nothing has changed."""
+        """Make sure that each request has slots for `seq_lens` tokens in all, evicting cached prefixes where too few
+        pages are free. Raises KVCacheFull, ConfigError (past the context limit) or CacheError."""
+        self._check_open(requests)
         self._check_limit(seq_lens)
-        capacities = [len(request.pages) * self.page_size for request in requests]
-        counts = [
-            self.allocator.pages_for(capacity, max(capacity, seq_len))
-            for capacity, seq_len in zip(capacities, seq_lens, strict=True)
-        ]
-        pages = self.allocator.alloc(sum(counts))
+        size = self.page_size
         rows: list[int] = []
         indices: list[int] = []
-        taken = 0
-        for request, count in zip(requests, counts, strict=True):
-            rows += [request.row] * count
-            indices += range(len(request.pages), len(request.pages) + count)
-            request.pages += pages[taken : taken + count]
-            taken += count
-        self.req_to_token.write_pages(rows, indices, pages)
-        if self._poison and pages:
-            self.kv.clear(pages)
+        growing: list[tuple[CachedRequest, int]] = []
+        for request, seq_len in zip(requests, seq_lens, strict=True):
+            held = len(request.pages)
+            count = -(-seq_len // size) - held
+            if count > 0:
+                growing.append((request, count))
+                rows += [request.row] * count
+                indices += range(held, held + count)
+        if growing:
+            pages = self._take(len(rows))
+            taken = 0
+            for request, count in growing:
+                request.pages += pages[taken : taken + count]
+                taken += count
+            self.req_to_token.write_pages(rows, indices, pages)
         self._after()
 
     def extend(self, requests: Sequence[CachedRequest], new_lens: Sequence[int]) -> None:
-        """Grow each request by `new_lens` tokens; the forward pass that follows writes them."""
+        """Grow each request by `new_lens` tokens; the forward pass that follows writes them. Raises as `reserve`."""
+        if new_lens and min(new_lens) < 0:
+            raise CacheError(
+                f"extend by {min(new_lens)} tokens: must be at least 0; shrink makes a request shorter"
+            )
         seq_lens = [request.seq_len + new for request, new in zip(requests, new_lens, strict=True)]
         self.reserve(requests, seq_lens)
         for request, seq_len in zip(requests, seq_lens, strict=True):
             request.seq_len = seq_len
 
+    def shrink(self, requests: Sequence[CachedRequest], seq_lens: Sequence[int]) -> None:
+        """Forget all tokens of each request but the first `seq_lens`; it keeps its pages, and writes them again.
+        Raises CacheError for a request that is shorter already, or whose shortened end lies in a page with another
+        owner, which would see what is written."""
+        self._check_open(requests)
+        for request, seq_len in zip(requests, seq_lens, strict=True):
+            if not 0 <= seq_len <= request.seq_len:
+                raise CacheError(
+                    f"shrink of row {request.row} to {seq_len} tokens: must be from 0 to its {request.seq_len} tokens"
+                )
+            first, end = seq_len // self.page_size, -(-request.seq_len // self.page_size)
+            shared = [n for n in range(first, end) if self.allocator.references(request.pages[n]) > 1]
+            if shared:
+                raise CacheError(
+                    f"shrink of row {request.row} to {seq_len} tokens: page {request.pages[shared[-1]]} would be "
+                    f"written and has other owners; keep at least {(shared[-1] + 1) * self.page_size} tokens"
+                )
+        for request, seq_len in zip(requests, seq_lens, strict=True):
+            request.seq_len = seq_len
+        self._after()
+
     def fork(self, parent: CachedRequest, prefix_len: int) -> CachedRequest:
         """A new request that shares the parent's first tokens. Only full pages are shared, because a shared
         page is never written: the fork starts at `prefix_len` rounded down to whole pages."""
-        assert prefix_len <= parent.seq_len
-        count = prefix_len // self.page_size
-        child = self.open()
-        child.pages = parent.pages[:count]
-        child.seq_len = count * self.page_size
-        self.allocator.share(child.pages)
-        self.req_to_token.write_pages([child.row] * count, list(range(count)), child.pages)
-        self._after()
-        return child
+        self._check_open([parent])
+        if not 0 <= prefix_len <= parent.seq_len:
+            raise CacheError(
+                f"fork of row {parent.row} at {prefix_len} tokens: must be from 0 to its {parent.seq_len} tokens"
+            )
+        return self.open(parent.pages[: prefix_len // self.page_size])
 
-    def close(self, request: CachedRequest) -> None:
-        """Give back the request's row and its pages (those that no other request shares become free)."""
-        assert self.requests.get(request.row) is request, (
-            f"the request is not open, row {request.row} is another's or free"
-        )
-        del self.requests[request.row]
-        freed = self.allocator.free(request.pages)
-        if self._poison and freed:
-            self.kv.poison(freed)
+    def insert(self, request: CachedRequest, tokens: Sequence[int] | Tokens, salt: Hashable = None) -> None:
+        """Let others find the whole pages of a request whose first tokens are `tokens`. The forward pass that computes
+        them has been launched. Raises CacheError where the request has fewer tokens."""
+        self._check_open([request])
+        self._insert(request, tokens, salt)
+        self._after()
+
+    def close(
+        self, request: CachedRequest, tokens: Sequence[int] | Tokens | None = None, salt: Hashable = None
+    ) -> None:
+        """The one end of a request: finished, aborted or retracted. Its whole pages of `tokens`, its first ones, go to
+        the prefix cache if there is one (None: nothing goes there); then its row and its pages are given back. Pages
+        without another owner become free. Raises CacheError."""
+        self._check_open([request])
+        if tokens is not None:
+            self._insert(request, tokens, salt)
+        self.requests.remove(request)
+        self._poison_freed(self.allocator.free(request.pages))
         self.req_to_token.free(request.row)
         request.pages = []
         self._after()
 
+    def evict(self, wanted: int) -> int:
+        """Free up to `wanted` pages of the prefix cache, the least recently used first; returns how many."""
+        freed = [] if self.prefix_cache is None else self.prefix_cache.evict(wanted)
+        self._poison_freed(freed)
+        self._after()
+        return len(freed)
+
+    def forget_prefixes(self) -> None:
+        """The prefix cache gives up every page, so that no request shares a page with it."""
+        if self.prefix_cache is not None:
+            self._poison_freed(self.prefix_cache.clear())
+        self._after()
+
     def check(self) -> None:
-        """free + used = total, and every page is held by exactly as many requests as it counts. Host only."""
+        """Verify that free + used = total, that every page has exactly the owners that its count says, and that no page
+        with more than one owner will be written. Host only."""
         self.allocator.check()
-        held = Counter(page for request in self.requests.values() for page in request.pages)
-        assert len(held) == self.allocator.pages_used, "pages are used that no request holds"
+        held: Counter[int] = Counter()
+        for owner in self.owners():
+            pages = list(owner.held_pages())
+            assert len(set(pages)) == len(pages), f"{owner} holds a page twice"
+            held.update(pages)
+        assert len(held) == self.allocator.pages_used, "pages are used that no one holds"
         for page, count in held.items():
             assert self.allocator.references(page) == count, f"page {page} is held {count} times"
-        for request in self.requests.values():
-            assert len(set(request.pages)) == len(request.pages), f"row {request.row} holds a page twice"
-            assert request.seq_len <= len(request.pages) * self.page_size
+        for owner in self.owners():
+            for page in owner.writable_pages():
+                assert held[page] == 1, f"page {page} has {held[page]} owners and may be written by {owner}"
+        for request in self.requests:
+            assert 0 <= request.seq_len <= len(request.pages) * self.page_size
+        if self.prefix_cache is not None:
+            self.prefix_cache.check()
+
+    def _insert(self, request: CachedRequest, tokens: Sequence[int] | Tokens, salt: Hashable) -> None:
+        if len(tokens) > request.seq_len:
+            raise CacheError(
+                f"insert of {len(tokens)} tokens of row {request.row}: it has {request.seq_len} tokens; "
+                "give only those that are computed"
+            )
+        if self.prefix_cache is not None:
+            self.prefix_cache.insert(tokens, request.pages, salt)
+
+    def _take(self, count: int) -> list[int]:
+        """`count` pages, evicting cached prefixes where fewer are free. Raises KVCacheFull, evicting nothing."""
+        short = count - self.allocator.pages_free
+        if short > 0 and self.prefix_cache is not None:
+            self._poison_freed(self.prefix_cache.evict(short, all_or_nothing=True))
+        pages = self.allocator.alloc(count)
+        if self._poison:
+            self.kv.clear(pages)
+        return pages
+
+    def _poison_freed(self, pages: Sequence[int]) -> None:
+        if self._poison and pages:
+            self.kv.poison(pages)
+
+    def _check_open(self, requests: Sequence[CachedRequest]) -> None:
+        distinct = set(requests)
+        if not distinct <= self.requests:
+            rows = ", ".join(str(request.row) for request in requests if request not in self.requests)
+            raise CacheError(f"a request is not open (its row was {rows}): it was closed; open a new one")
+        if len(distinct) != len(requests):
+            row = next(request.row for request in requests if requests.count(request) > 1)
+            raise CacheError(f"the request of row {row} is named twice in one call; name each request once")
 
     def _check_limit(self, seq_lens: Sequence[int]) -> None:
         limit = self.req_to_token.max_context_len

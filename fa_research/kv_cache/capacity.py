@@ -24,7 +24,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose_num_pages(kv: KVConfig, *, bytes_per_page: int, pages_needed: int, device: torch.device) -> int:
-    """Usable pages: `kv.num_pages`, or what `kv.memory_fraction` of the free memory holds (the sink page
+    """Usable pages: `kv.num_pages`, or what `kv.memory_fraction` of the free memory holds (the null page
     included), or what the workload needs. Raises ConfigError when the workload cannot fit."""
     if kv.num_pages is not None:
         num_pages, key = kv.num_pages, f"kv.num_pages={kv.num_pages}"

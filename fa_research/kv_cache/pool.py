@@ -16,7 +16,7 @@ from fa_research.kernels import ops
 
 class TokenToKVPool:
     """Keys [L, N, K, D] and values [L, N, K, V] in one allocation each; N = (num_pages + 1) * page_size, because page 0
-    is the sink for the writes of padded entries. This class is the only writer of keys and values.
+    is the null page, where padded entries write. This class is the only writer of keys and values.
 
     The buffers start as zeros: a kernel may load, and multiply by an exact zero, what lies past a request's end in
     its last page (FA3's TMA path does), so that memory must hold finite numbers.

@@ -44,7 +44,7 @@ class ReqToTokenPool:
         return self._free_rows.pop()
 
     def free(self, row: int) -> None:
-        """Give a row back. It points at the sink page again: nothing may reach another request's pages by
+        """Give a row back. It points at the null page again: nothing may reach another request's pages by
         it."""
         assert 0 < row <= self.max_requests and row not in self._free_rows, f"row {row} is freed twice"
         self.req_to_token[row].zero_()

@@ -34,8 +34,7 @@ class Decoding(Workload):
     def restart(self, context_lens: Sequence[int], last_tokens: Tensor) -> None:
         """Decode again from these many tokens in the cache on: what the steps since then wrote is written over."""
         self.decoder.flush()
-        for request, context_len in zip(self.requests, context_lens, strict=True):
-            request.seq_len = context_len
+        self.decoder.runner.cache.shrink(self.requests, context_lens)
         self.start(last_tokens)
 
     def decode_unit(

@@ -13,19 +13,22 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fa_research.kv_cache import CachedRequest, PagedKVCache
+import numpy as np
+
+from fa_research.kv_cache import CachedRequest, PagedKVCache, PrefixCache
+from fa_research.kv_cache.prefix_cache import Tokens
 from fa_research.workloads.traces import BLOCK_SIZE, TraceRequest
 
 
 @dataclass(slots=True, eq=False)
 class Replayed:
-    """A request in the cache. `shared_len`: tokens at its beginning whose pages it took from another request;
-    `last_used`: the number of the latest admission that used it."""
+    """A request in the cache. `shared_len`: tokens at its beginning whose pages it took from the prefix cache;
+    `tokens`: ids of all its tokens to the end of its answer (None: nothing of it is shared)."""
 
     trace: TraceRequest
     cached: CachedRequest
     shared_len: int
-    last_used: int
+    tokens: Tokens | None
 
     @property
     def tokens_left(self) -> int:
@@ -53,69 +56,59 @@ class ReplayCounts:
     shared_tokens: int = 0  # of these, in whole pages
 
 
-class PrefixIndex:
-    """Which requests in the cache begin with a block: SGLang's radix cache reduced to what a trace knows of prompts.
-    The block's id stands for the whole prefix, so the last block that is known is enough."""
+class TokenIds:
+    """Token ids that agree with what a trace says of prompts: equal in equal blocks, and distinct everywhere else."""
 
     def __init__(self) -> None:
-        self._holders: dict[int, dict[Replayed, None]] = {}
+        self._blocks: dict[int, int] = {}
+        self._next = -1
 
-    def add(self, request: Replayed) -> None:
-        for block in request.trace.blocks:
-            self._holders.setdefault(block, {})[request] = None
-
-    def remove(self, request: Replayed) -> None:
-        for block in request.trace.blocks:
-            holders = self._holders[block]
-            del holders[request]
-            if not holders:
-                del self._holders[block]
-
-    def find(self, blocks: Sequence[int]) -> tuple[Replayed | None, int]:
-        """The newest request that holds the longest known prefix of `blocks`, and that prefix in tokens."""
-        known = 0
-        while known < len(blocks) and blocks[known] in self._holders:
-            known += 1
-        holder = next(reversed(self._holders[blocks[known - 1]])) if known else None
-        return holder, known * BLOCK_SIZE
-
-    def is_alone(self, request: Replayed) -> bool:
-        """Whether no other request holds all of this one's blocks (it has at least one)."""
-        return len(self._holders[request.trace.blocks[-1]]) == 1
+    def of(self, request: TraceRequest) -> Tokens:
+        """Ids of the prompt and the answer, int64. Ids in a block follow from its number; all others are below 0."""
+        numbers = [self._blocks.setdefault(block, len(self._blocks)) for block in request.blocks]
+        known = np.array(numbers, np.int64)[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
+        rest = request.final_length - known.size
+        self._next -= rest
+        return np.concatenate([known.ravel(), np.arange(self._next + 1, self._next + 1 + rest)])
 
 
 @dataclass(slots=True)
 class Replay:
-    """One replay. `live` are the requests that generate, `retained` finished ones whose prompts later requests may
-    share: at most `concurrency` of them, and at most `retained_pages` pages."""
+    """One replay. `live` are the requests that generate. With `prefix_sharing` the cache gets a `PrefixCache`: prompts
+    enter it when they are admitted, whole requests when they finish, and at most `retained_pages` pages stay there that
+    no live request holds. Requests of which the trace knows no whole block do not enter it: nothing could match."""
 
     cache: PagedKVCache
     concurrency: int
     prefix_sharing: bool
     retained_pages: int
     live: list[Replayed] = field(default_factory=list)
-    retained: list[Replayed] = field(default_factory=list)
     counts: ReplayCounts = field(default_factory=ReplayCounts)
-    index: PrefixIndex = field(default_factory=PrefixIndex)
+    _token_ids: TokenIds = field(default_factory=TokenIds)
+    _retained: int = 0  # pages of the prefix cache that no live request holds
+
+    def __post_init__(self) -> None:
+        if self.prefix_sharing:
+            self.cache.prefix_cache = PrefixCache(self.cache.allocator)
 
     def run(self, requests: Sequence[TraceRequest]) -> None:
         """Replay all of them but those that no empty pool could hold, which are counted."""
         fitting = [r for r in requests if self._pages(r.final_length) <= self.cache.allocator.num_pages]
         self.counts.never_fit += len(requests) - len(fitting)
         queue = deque(fitting)
+        tokens = self._tokens(queue[0]) if queue else None
         while True:
-            while queue and len(self.live) < self.concurrency and self._admit(queue[0]):
+            while queue and len(self.live) < self.concurrency and self._admit(queue[0], tokens):
                 queue.popleft()
+                tokens = self._tokens(queue[0]) if queue else None
             if not queue:
                 break
             self._advance()
         if self.live:
             self._count(1, grow=0)
 
-    def drop_retained(self) -> None:
-        """Give back what no live request holds."""
-        while self.retained:
-            self._evict(self.retained[0])
+    def _tokens(self, request: TraceRequest) -> Tokens | None:
+        return self._token_ids.of(request) if self.prefix_sharing and request.blocks else None
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.cache.page_size)
@@ -124,39 +117,52 @@ class Replay:
         """What live requests will still ask for."""
         return sum(self._pages(r.trace.final_length) - len(r.cached.pages) for r in self.live)
 
-    def _admit(self, request: TraceRequest) -> bool:
+    def _admit(self, request: TraceRequest, tokens: Tokens | None) -> bool:
         """Admit the request if its pages, to the end of its answer, are free. Where nobody is live any more, retained
-        prompts make room."""
-        while True:
-            holder, found = self.index.find(request.blocks) if self.prefix_sharing else (None, 0)
-            # At least one token of the prompt is computed: the first of the answer follows from it.
-            shared = min(found, request.input_length - 1) // self.cache.page_size * self.cache.page_size
-            needed = self._pages(request.final_length) - shared // self.cache.page_size
-            if needed <= self.cache.allocator.pages_free - self._pages_to_come():
-                break
-            if self.live:
-                return False
-            self._evict(min(self.retained, key=lambda r: r.last_used))
-        self._open(request, holder if shared else None, shared)
+        prefixes make room."""
+        matched = self._match(request, tokens)
+        # At least one token of the prompt is computed: the first of the answer follows from it.
+        prefix = matched[: (request.input_length - 1) // self.cache.page_size]
+        missing = self._pages(request.final_length) - len(prefix)
+        missing -= self.cache.allocator.pages_free - self._pages_to_come()
+        if missing > 0 and self.live:
+            return False
+        self._retained -= self._held_once(prefix)
+        cached = self.cache.open(prefix)
+        shared = cached.seq_len
+        if missing > 0:
+            self._retained -= self.cache.evict(missing)
+        self.cache.extend([cached], [request.input_length - shared])
+        if tokens is not None:
+            self.cache.insert(cached, tokens[: request.input_length])
+        self.live.append(Replayed(request, cached, shared, tokens))
+        self._count_admission(request, shared, self._found(request, len(matched) * self.cache.page_size))
+        return True
+
+    def _match(self, request: TraceRequest, tokens: Tokens | None) -> list[int]:
+        """Pages of the cache that hold the prompt's beginning, or all of it: the token behind it is asked for too."""
+        if tokens is None or self.cache.prefix_cache is None:
+            return []
+        return self.cache.prefix_cache.match(tokens[: request.input_length + 1])
+
+    def _found(self, request: TraceRequest, matched: int) -> int:
+        """Tokens of the prompt in the cache, where whole pages hold `matched` of them: a page that crosses the end of
+        the last block in common holds some of that block too."""
+        block_end = -(-matched // BLOCK_SIZE) * BLOCK_SIZE
+        return block_end if matched and block_end - matched < self.cache.page_size else matched
+
+    def _count_admission(self, request: TraceRequest, shared: int, found: int) -> None:
         counts = self.counts
+        counts.admitted += 1
         counts.prompt_tokens += request.input_length
         counts.hits += found > 0
         counts.found_tokens += found
         counts.shared_tokens += shared
-        return True
 
-    def _open(self, request: TraceRequest, holder: Replayed | None, shared: int) -> None:
-        cached = self.cache.fork(holder.cached, shared) if holder is not None else self.cache.open()
-        self.cache.extend([cached], [request.input_length - shared])
-        self.counts.admitted += 1
-        live = Replayed(request, cached, shared, self.counts.admitted)
-        self.live.append(live)
-        if self.prefix_sharing:
-            self.index.add(live)
-        if holder is not None:
-            holder.last_used = self.counts.admitted
-            if holder in self.retained and not self.index.is_alone(holder):
-                self._evict(holder)  # the new request holds all that could be shared of it
+    def _held_once(self, pages: Sequence[int]) -> int:
+        """How many of these pages have one owner."""
+        references = self.cache.allocator.references
+        return sum(references(page) == 1 for page in pages)
 
     def _advance(self) -> None:
         """To the next completed answer. Until then nobody can be admitted, since growth was reckoned with."""
@@ -169,21 +175,13 @@ class Replay:
             self._finish(request)
 
     def _finish(self, request: Replayed) -> None:
-        """Retain what can be shared, the least recently used going first where that is too much."""
-        self.retained.append(request)
-        if not (self.prefix_sharing and request.trace.blocks and self.index.is_alone(request)):
-            self._evict(request)
-        while len(self.retained) > self.concurrency or self._pages_retained() > self.retained_pages:
-            self._evict(min(self.retained, key=lambda r: r.last_used))
-
-    def _pages_retained(self) -> int:
-        return sum(len(request.cached.pages) for request in self.retained)
-
-    def _evict(self, request: Replayed) -> None:
-        self.retained.remove(request)
-        if self.prefix_sharing:
-            self.index.remove(request)
-        self.cache.close(request.cached)
+        """Leave what can be shared in the prefix cache, which evicts what has not been used for longest where that is
+        too much."""
+        pages = list(request.cached.pages)
+        self.cache.close(request.cached, request.tokens)
+        self._retained += self._held_once(pages)
+        if self._retained > self.retained_pages:
+            self._retained -= self.cache.evict(self._retained - self.retained_pages)
 
     def _count(self, steps: int, grow: int, memory_bound: bool = False) -> None:
         """Add up `steps` steps, in each of which every live request gains `grow` tokens first."""
@@ -193,13 +191,12 @@ class Replay:
         empty = sum(
             _padding(size, length, length + steps) if grow else steps * (-length % size) for length in lens
         )
-        idle = sum(-request.cached.seq_len % size for request in self.retained)
         own = sum(length + -length % size for length in lens)
         others = self.cache.allocator.pages_used * size - own  # shared pages once; negative where many share
         counts.steps += steps
         counts.live_steps += steps * len(lens)
         counts.token_steps += tokens
-        counts.empty_steps += empty + steps * idle
+        counts.empty_steps += empty
         counts.slot_steps += tokens + empty + steps * others
         counts.memory_bound_steps += steps if memory_bound else 0
         counts.peak_live = max(counts.peak_live, len(lens))
@@ -207,7 +204,7 @@ class Replay:
         last_empty = sum(-end % size for end in ends)
         slots = others + sum(ends) + last_empty
         if slots > counts.peak_slots:
-            counts.peak_slots, counts.peak_empty = slots, last_empty + idle
+            counts.peak_slots, counts.peak_empty = slots, last_empty
 
 
 def _padding(page_size: int, start: int, end: int) -> int:

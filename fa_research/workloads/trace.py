@@ -39,7 +39,7 @@ class TraceReplay(Decoding):
         options = self.options
         longest = max(request.final_length for request in self.trace.requests) + self.most_steps
         return Needs(
-            seq_lens=(longest,) * (2 * options.concurrency),  # as many again are retained
+            seq_lens=(longest,) * options.concurrency,
             tokens_per_pass=max(options.concurrency, options.chunk_size),
             pool_tokens=options.pool_tokens or 1,  # null: kv.* says
         )
@@ -96,10 +96,10 @@ class TraceReplay(Decoding):
         }
 
     def _make_room(self) -> None:
-        """Slots for the timed steps: those of retained prompts, and where these are too few, of the requests that were
-        admitted first; the last one stays, since its prompt is extended."""
-        self.replay.drop_retained()
+        """Slots for the timed steps: those of the prefix cache, and where these are too few, of the requests that were
+        admitted first; the last one stays, since its prompt is extended. Its pages must be its own for that."""
         cache, live = self.engine.cache, self.replay.live
+        cache.forget_prefixes()
         dropped = 0
         while True:
             wanted = [request.cached.seq_len + self.most_steps for request in live]

@@ -14,6 +14,7 @@ def allocator_state(allocator: PagedAllocator) -> tuple[Any, ...]:
 
 def cache_state(cache: PagedKVCache) -> tuple[Any, ...]:
     """The table on the device is part of it."""
-    requests = {row: (r.seq_len, list(r.pages)) for row, r in cache.requests.items()}
+    requests = {r.row: (r.seq_len, list(r.pages)) for r in cache.requests}
     table = cache.req_to_token.req_to_token.tolist()
-    return allocator_state(cache.allocator), cache.req_to_token.rows_free, requests, table
+    kept = cache.prefix_cache and sorted(cache.prefix_cache.held_pages())
+    return allocator_state(cache.allocator), cache.req_to_token.rows_free, requests, table, kept

@@ -93,7 +93,7 @@ def test_it_is_what_transformers_generates(
     tokens = list(generation.tokens())
     assert tokens == theirs(prompt, 40) and len(set(tokens)) > 5
     cache = generation.engine.cache
-    assert cache.allocator.pages_used == 0 and cache.requests == {}
+    assert cache.allocator.pages_used == 0 and not cache.requests
     assert list(generation.tokens()) == tokens
     workload.prepare(generation.engine)
     workload.checked_passes()  # what was generated leaves nothing behind

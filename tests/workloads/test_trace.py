@@ -163,11 +163,11 @@ def test_waste_counts_a_shared_page_once_and_what_is_retained(tmp_path: Path) ->
     """One request at a time, pages of 256: counted by hand."""
     path = mooncake(tmp_path, [(1100, 2, [1, 2, 3]), (700, 2, [1, 4]), (100, 1, [9])])
     columns = replayed(path, 256, concurrency=1, retained_fraction=0.9).columns({})
-    # The first: 5 pages, 1101 and 1102 tokens. The second beside the first, which is retained: two shared pages and one
-    # of its own, 701 and 702 tokens; not retained, since the first holds its only whole block. The third: a page.
-    empty = [1280 - 1101, 1280 - 1102, (768 - 701) + 178, (768 - 702) + 178, (256 - 100) + 178]
-    assert columns["trace_waste_fraction_mean"] == sum(empty) / (2 * 1280 + 3 * 1536)
-    assert columns["trace_waste_fraction_peak"] == empty[3] / 1536
+    # The first: 5 pages, 1101 and 1102 tokens; its four whole pages are retained. The second: two of these and one page
+    # of its own, 701 and 702 tokens; it leaves no whole page that is new. The third: one page, 100 tokens.
+    empty = [1280 - 1101, 1280 - 1102, 768 - 701, 768 - 702, 256 - 100]
+    assert columns["trace_waste_fraction_mean"] == sum(empty) / (5 * 1280)
+    assert columns["trace_waste_fraction_peak"] == empty[1] / 1280
     assert columns["trace_live_requests_mean"] == 1 and columns["trace_steps"] == 5
     assert columns["trace_page_table_bytes_read"] == 1 * 4 * 2  # a page, int32, two layers
 
