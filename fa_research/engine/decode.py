@@ -32,7 +32,7 @@ class DecodeRunner:
     mode: `on` captures a CUDA graph for each of `batch_sizes`; `simulate` runs the same padded static-buffer path
     without capture; `off` runs the exact batch eagerly. A batch above the largest size runs eagerly; `ran_eagerly` says
     so. max_seq_len_k: the longest context (tokens) that a captured step may reach. sampling: steps can draw tokens at
-    random; without it they are greedy, and cost nothing for what they cannot do.
+    random. If False, only argmax is captured.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fa_research.errors import InteropError
-from fa_research.interop.leaving import keep_until_read, let_go
+from fa_research.interop.deferred_release import keep_until_read, release_ready
 
 if TYPE_CHECKING:
     import jax
@@ -133,7 +133,7 @@ def to_jax(tensor: Tensor) -> jax.Array:
         raise InteropError(
             f"a {_name(tensor.dtype)} tensor of {tuple(tensor.shape)} on {tensor.device} cannot be shared: {error}"
         ) from error
-    let_go()
+    release_ready()
     if tensor.numel() and array.unsafe_buffer_pointer() != tensor.data_ptr():
         raise InteropError(f"JAX copied a {_name(tensor.dtype)} tensor of {tuple(tensor.shape)} on import")
     return array
@@ -161,7 +161,7 @@ def to_torch(array: jax.Array) -> Tensor:
     assert not tensor.numel() or tensor.data_ptr() == array.unsafe_buffer_pointer()
     if tensor.is_cuda:
         keep_until_read(array, tensor)
-        let_go()
+        release_ready()
     return tensor
 
 

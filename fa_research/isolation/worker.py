@@ -85,7 +85,7 @@ def _run(request: Request, run_cell: Any) -> Done:
             return Done(row.to_json(), lost)
     kept = give_back_memory()
     lost = context_lost()
-    if lost and row.status is not Status.error:  # a kernel that was launched last, or by nobody's measure
+    if lost and row.status is not Status.error:  # an asynchronous error, also from outside the timed region
         late = CellLost([f"the GPU's context was lost after the cell was timed: {lost}"])
         row = record_failure(folder, late, request.resolved, rows_before=count_rows(folder))
     return Done(row.to_json(), lost or kept)

@@ -56,8 +56,7 @@ def block_dim(head_dim: int) -> int:
 
 @triton.jit
 def first_allowed(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
-    """First key that a query at `position` may see (the last one is the query's own affair: causal or
-    not)."""
+    """First key that a query at `position` may see. The caller applies the upper bound, causal or not."""
     first = position * 0
     if WINDOW > 0:
         first = tl.maximum(first, position - (WINDOW - 1))

@@ -102,7 +102,7 @@ def _on_device(engine: Engine, unit: Unit, timer: Timer, count: int) -> tuple[Co
     cost = trace_cost(engine.device)
     launch = unit.launch or unit.run
     unit.reset()
-    launch()  # what only a first launch does is not of the step
+    launch()  # warm-up: keeps one-time work out
     marks: list[str | None] = []
 
     def border(phase: str | None) -> None:

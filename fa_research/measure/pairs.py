@@ -13,7 +13,7 @@ from statistics import median
 
 from fa_research.measure.bootstrap import FEWEST_SAMPLES, interval, ratio_draws
 from fa_research.measure.timing import Timer
-from fa_research.workloads.base import nothing
+from fa_research.workloads.base import no_reset
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def time_pairs(
     *,
     pairs: int = 30,
     seed: int = 0,
-    reset: Callable[[], object] = nothing,
+    reset: Callable[[], object] = no_reset,
     between_resets: int | None = None,
 ) -> Pairs:
     """Time two callables in `pairs` order-randomised pairs, after `timer.warmup` untimed calls of each.

@@ -140,7 +140,7 @@ def _score_reference(scores: Scores, engine: Engine, workload: Text) -> None:
 def _scored(scores: Scores, workload: Text) -> Tensor:
     """Positions that count, bool [B, X]: all that were scored but those before a token of the tokenizer's own."""
     scored_BX = scores.top1_BX >= 0
-    scored_BX[:, : max(0, len(workload.tokenizer.front) - 1)] = False
+    scored_BX[:, : max(0, len(workload.tokenizer.leading_ids) - 1)] = False
     return scored_BX
 
 

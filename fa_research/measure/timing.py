@@ -15,7 +15,7 @@ import torch
 from fa_research.config import L2State, TimerKind
 from fa_research.measure.cupti import CuptiWatch
 from fa_research.measure.nvml import Monitor
-from fa_research.workloads.base import nothing
+from fa_research.workloads.base import no_reset
 
 _BURST = 16  # launches in a row without waiting: the queue neither fills up nor runs dry
 _SAMPLES_A_WAIT = 32  # bounds the queue, so that max_seconds means something
@@ -134,7 +134,7 @@ class Timer:
         samples: int,
         *,
         graph: bool = False,
-        reset: Callable[[], object] = nothing,
+        reset: Callable[[], object] = no_reset,
     ) -> Timing:
         """`samples` timings of `run`; with `graph` (GPU only), of a CUDA graph that holds it. `reset` is called before
         the warm-up and before the samples."""
@@ -177,7 +177,7 @@ class Timer:
         return Timing(tuple(samples), watch.method, l2, tuple(spans))
 
     def host_time(
-        self, run: Callable[[], object], samples: int, *, reset: Callable[[], object] = nothing
+        self, run: Callable[[], object], samples: int, *, reset: Callable[[], object] = no_reset
     ) -> Timing:
         """What `run` costs the host, nothing waited for."""
         reset()

@@ -42,15 +42,15 @@ class TextStream(Protocol):
 
 
 class Tokenizer(Protocol):
-    """name: for the row. front: ids before every text (BOS), as transformers' AutoTokenizer puts them; they stand for
+    """name: for the row. leading_ids: ids before every text (BOS), as transformers' AutoTokenizer puts them; they stand for
     no bytes. eos: ids that end a text."""
 
     name: str
-    front: list[int]
+    leading_ids: list[int]
     eos: frozenset[int]
 
     def encode(self, text: bytes) -> Tokens:
-        """The tokens of UTF-8 text, without `front` and without an end."""
+        """The tokens of UTF-8 text, without `leading_ids` and without an end."""
         ...
 
     def stream(self) -> TextStream:
@@ -100,7 +100,7 @@ class ByteTokenizer:
     name = "bytes"
 
     def __init__(self, eos: frozenset[int] = frozenset()) -> None:
-        self.front: list[int] = []
+        self.leading_ids: list[int] = []
         self.eos = eos
 
     def encode(self, text: bytes) -> Tokens:
@@ -135,7 +135,7 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         sample = self._tokenizer.encode("a")
         is_front = takewhile(lambda pair: pair[1], zip(sample.ids, sample.special_tokens_mask, strict=True))
-        self.front: list[int] = self._checked([token for token, _ in is_front])
+        self.leading_ids: list[int] = self._checked([token for token, _ in is_front])
         self.eos = eos
 
     def encode(self, text: bytes) -> Tokens:

@@ -53,8 +53,8 @@ class Pass:
         return starts
 
 
-def nothing() -> None:
-    """What resets a unit that moves nothing on."""
+def no_reset() -> None:
+    """The reset of a unit that leaves lengths and positions unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Unit:
     tokens: int
     samples: int
     host_time: bool = False
-    reset: Callable[[], object] = nothing
+    reset: Callable[[], object] = no_reset
     launch: Callable[[], object] | None = None
     prompt_tokens: int | None = None
 

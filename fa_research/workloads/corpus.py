@@ -29,14 +29,14 @@ class Passage:
 
 
 def read_passages(options: TextWorkload, tokenizer: Tokenizer) -> list[Passage]:
-    """`batch_size` passages. Each begins with the tokenizer's `front` and the text's beginning, `shared_prefix_len`
+    """`batch_size` passages. Each begins with the tokenizer's `leading_ids` and the text's beginning, `shared_prefix_len`
     tokens in all; what follows is from all over the text (of a long one, over as much of its beginning as is encoded).
 
     Raises:
-        ConfigError: a text that is missing, binary or too short, or prompts that are shorter than `front`.
+        ConfigError: a text that is missing, binary or too short, or prompts that are shorter than `leading_ids`.
     """
     text, source = read_text(options.path)
-    count, prompt_len, front = options.batch_size, options.prompt_len, tokenizer.front
+    count, prompt_len, front = options.batch_size, options.prompt_len, tokenizer.leading_ids
     if prompt_len < len(front):
         raise ConfigError(
             f"workload.prompt_len={prompt_len}: must be at least {len(front)}, which the tokenizer puts before a text"

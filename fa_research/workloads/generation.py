@@ -25,7 +25,7 @@ def prompt_tokens(options: TextWorkload, model: ModelConfig, tokenizer: Tokenize
         raise ConfigError(
             "workload.prompt is empty; give some text, or null for the beginning of workload.path"
         )
-    tokens = [*tokenizer.front, *tokenizer.encode(text).ids]
+    tokens = [*tokenizer.leading_ids, *tokenizer.encode(text).ids]
     total = len(tokens) + options.generate
     if total > model.max_context_len:
         raise ConfigError(

@@ -82,7 +82,9 @@ class Text(Decoding):
         if self.config.model.path is not None:
             tokenizer = self.tokenizer
             how = "as bytes: no tokenizer.json" if tokenizer.name == "bytes" else f"by {tokenizer.name}"
-            front = f", every prompt begins with token {tokenizer.front}" if tokenizer.front else ""
+            front = (
+                f", every prompt begins with token {tokenizer.leading_ids}" if tokenizer.leading_ids else ""
+            )
             notes.append(f"text {how}{front}")
         if self.options.generate and not self.writes:
             notes.append(

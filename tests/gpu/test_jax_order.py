@@ -7,7 +7,7 @@ import torch
 
 jax = pytest.importorskip("jax")
 
-from fa_research.interop import leaving  # noqa: E402
+from fa_research.interop import deferred_release  # noqa: E402
 from fa_research.interop.dlpack import jax_device, to_jax, to_torch  # noqa: E402
 from tests.helpers import Scene, make_spec  # noqa: E402
 
@@ -106,12 +106,12 @@ def test_a_tensor_may_die_while_a_graph_is_captured() -> None:
     for _ in range(5):  # those that died in the capture are marked after it
         to_jax(ones)
         torch.cuda.synchronize()
-    assert not leaving._left, again
+    assert not deferred_release._pending, again
 
 
 def test_nothing_is_kept_once_it_was_read() -> None:
     for _ in range(20):
         to_torch(jax.numpy.full(SIZE, 1.0)).add(1)
     torch.cuda.synchronize()
-    leaving.let_go()
-    assert not leaving._left
+    deferred_release.release_ready()
+    assert not deferred_release._pending

@@ -127,7 +127,7 @@ def test_tokens_before_the_text_are_not_predicted(front: list[int], tmp_path: Pa
     config = cell(dataclasses.replace(OPTIONS, path=str(text_file(tmp_path)), batch_size=1))
     workload, engine = build(config)
     assert isinstance(workload, Text)
-    workload.tokenizer.front = front
+    workload.tokenizer.leading_ids = front
     del workload.__dict__["passages"]  # read again, with it
     workload.prepare(engine)
     assert measure_quality(engine, workload)["scored_tokens"] == 42 - max(1, len(front))

@@ -117,9 +117,9 @@ def test_tokens_and_what_goes_before_them(folder: Path, request: pytest.FixtureR
     end = [2] if "end" in kind else []
     for text in (TEXT, "a", " a", "\n", "é", "def main(", ""):
         expected = theirs(text)["input_ids"]
-        assert ours.front + ours.encode(text.encode()).ids + end == expected
+        assert ours.leading_ids + ours.encode(text.encode()).ids + end == expected
     fronts = {"two in front": [2, 1], "no front": [], "an end alone": [], "a front asked for beside it": []}
-    assert ours.front == fronts.get(kind, [1])
+    assert ours.leading_ids == fronts.get(kind, [1])
 
 
 def test_bytes_add_up(folder: Path) -> None:
@@ -150,7 +150,7 @@ def _decoded(folder: Path, ids: list[int]) -> str:
 def test_a_stream_is_the_text(folder: Path) -> None:
     ours = _ours(folder)
     for text in (TEXT, "🙂🙃é数", " x", "\t\n "):
-        ids = ours.front + ours.encode(text.encode()).ids
+        ids = ours.leading_ids + ours.encode(text.encode()).ids
         pieces = _pieces(ours, ids)
         assert "".join(pieces) == _decoded(folder, ids)
         assert not any("\ufffd" in piece for piece in pieces)
@@ -178,7 +178,7 @@ def _pieces(ours: FileTokenizer | ByteTokenizer, ids: list[int]) -> list[str]:
 def test_bytes_as_tokens() -> None:
     ours, text = ByteTokenizer(), TEXT.encode()
     tokens = ours.encode(text)
-    assert bytes(tokens.ids) == text and list(tokens.num_bytes) == [1] * len(text) and ours.front == []
+    assert bytes(tokens.ids) == text and list(tokens.num_bytes) == [1] * len(text) and ours.leading_ids == []
     assert "".join(_pieces(ours, tokens.ids)) == TEXT
     rng = random.Random(0)
     for _ in range(50):

@@ -23,7 +23,7 @@ class FrontedBytes(ByteTokenizer):
 
     def __init__(self, *front: int) -> None:
         super().__init__()
-        self.front = list(front)
+        self.leading_ids = list(front)
 
 
 def passages_from(path: Path | None, tokenizer: Tokenizer | None = None, **changes: object) -> list[Passage]:
@@ -111,7 +111,7 @@ class Long:
     """A token for every hundred bytes; keeps what it is asked to encode."""
 
     name = "long"
-    front: list[int] = []
+    leading_ids: list[int] = []
     eos: frozenset[int] = frozenset()
 
     def __init__(self) -> None:
