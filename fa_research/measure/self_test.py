@@ -1,8 +1,8 @@
 """`measure.self_test`: references of known duration are timed first, and a machine whose timer is off is refused.
 
-The references are kernels that spin for a set time on the device's own clock, a kernel that does nothing, and a chain of
-loads, which takes longer when its data is not in the L2. Each timer in use is tested, on launches and on replays of a
-graph.
+The references are kernels that spin for a set time on the device's own clock, a kernel that does nothing, and a chain
+of loads, which takes longer when its data is not in the L2. Each timer in use is tested, on launches and on replays of
+a graph.
 """
 
 from __future__ import annotations

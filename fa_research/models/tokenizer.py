@@ -42,8 +42,8 @@ class TextStream(Protocol):
 
 
 class Tokenizer(Protocol):
-    """name: for the row. leading_ids: ids before every text (BOS), as transformers' AutoTokenizer puts them; they stand for
-    no bytes. eos: ids that end a text."""
+    """name: for the row. leading_ids: ids before every text (BOS), as transformers' AutoTokenizer puts them; they stand
+    for no bytes. eos: ids that end a text."""
 
     name: str
     leading_ids: list[int]

@@ -195,7 +195,7 @@ def test_what_is_cut_or_padded_in_the_file_is_not_here(tmp_path: Path) -> None:
     changed.enable_padding(length=900)
     changed.save(str(folder / "tokenizer.json"))
     assert _ours(folder).encode(TEXT.encode()).ids == whole
-    assert _ours(folder).front == [1]
+    assert _ours(folder).leading_ids == [1]
 
 
 @pytest.mark.parametrize(("in_config", "in_generation", "expected"), [
