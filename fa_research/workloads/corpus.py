@@ -30,7 +30,8 @@ class Passage:
 
 def read_passages(options: TextWorkload, tokenizer: Tokenizer) -> list[Passage]:
     """`batch_size` passages. Each begins with the tokenizer's `leading_ids` and the text's beginning,
-    `shared_prefix_len` tokens in all; what follows is from all over the text (of a long one, over as much of its beginning as is encoded).
+    `shared_prefix_len` tokens in all. What follows comes from places all over the text (of a long text, over as much
+    of its beginning as is encoded).
 
     Raises:
         ConfigError: a text that is missing, binary or too short, or prompts that are shorter than `leading_ids`.
