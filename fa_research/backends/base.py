@@ -219,10 +219,9 @@ ALIGNMENT = 16  # bytes; what TMA and 16-byte loads of kernels ask of addresses 
 def aligned(q_THD: Tensor) -> Tensor:
     """The queries, copied where their head dim is not contiguous, or where their rows or heads do not begin on
     multiples of 16 bytes. FA3's TMA destroys the CUDA context over such a view."""
+    token, head, dim = q_THD.stride()
     size = q_THD.element_size()
-    if q_THD.stride(2) == 1 and not any(
-        n % ALIGNMENT for n in (q_THD.data_ptr(), q_THD.stride(0) * size, q_THD.stride(1) * size)
-    ):
+    if dim == 1 and not (q_THD.data_ptr() | token * size | head * size) % ALIGNMENT:
         return q_THD
     return q_THD.clone(memory_format=torch.contiguous_format)
 
