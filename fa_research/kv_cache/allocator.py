@@ -7,11 +7,22 @@ from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fa_research.errors import KVCacheFull
+
+# Page numbers, type code "q". NumPy reads them without a copy; with pages of one slot there are as many as tokens.
+Pages: TypeAlias = "array[int]"
+
+
+def as_pages(numbers: NDArray[np.int64]) -> Pages:
+    """A copy of these page numbers."""
+    return array("q", numbers.tobytes())
 
 
 class PagedAllocator:
@@ -28,8 +39,8 @@ class PagedAllocator:
             raise ValueError(f"kv.page_size={page_size} must be from 1 to 256 slots")
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = list(range(num_pages, 0, -1))
-        self._references = [0] * (num_pages + 1)
+        self._free = array("q", range(num_pages, 0, -1))
+        self._references = np.zeros(num_pages + 1, np.int32)
 
     @property
     def pages_free(self) -> int:
@@ -45,7 +56,11 @@ class PagedAllocator:
 
     def references(self, page: int) -> int:
         """How many owners this page has."""
-        return self._references[page]
+        return int(self._references[page])
+
+    def references_of(self, pages: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int32]:
+        """How many owners each of these pages has."""
+        return self._references[np.asarray(pages, np.int64)]
 
     def pages_for(self, prefix_len: int, seq_len: int) -> int:
         """New pages for a request that grows from `prefix_len` to `seq_len` tokens: its partly filled last page is
@@ -53,47 +68,44 @@ class PagedAllocator:
         assert 0 <= prefix_len <= seq_len
         return -(-seq_len // self.page_size) - -(-prefix_len // self.page_size)
 
-    def alloc(self, count: int) -> list[int]:
+    def alloc(self, count: int) -> Pages:
         """`count` pages with one owner each. Raises KVCacheFull, changing nothing, when fewer are free."""
         if count > len(self._free):
             raise KVCacheFull(requested=count, free=len(self._free))
-        if count == 0:
-            return []
-        pages = self._free[-count:][::-1]
-        del self._free[-count:]
-        for page in pages:
-            self._references[page] = 1
+        first = len(self._free) - count
+        pages = self._free[first:][::-1]
+        del self._free[first:]
+        self._references[np.asarray(pages, np.int64)] = 1
         return pages
 
-    def share(self, pages: Iterable[int]) -> None:
-        """One more owner for each of these pages, which are in use already."""
-        for page in pages:
-            assert self._references[page] > 0, f"page {page} is not in use"
-            self._references[page] += 1
+    def share(self, pages: Sequence[int] | NDArray[np.int64]) -> None:
+        """One more owner for each of these pages, which are distinct and in use already."""
+        numbers = np.asarray(pages, np.int64)
+        counts = self.references_of(numbers)
+        assert counts.all(), f"page {numbers[counts.argmin()]} is not in use"
+        self._references[numbers] = counts + 1
 
-    def free(self, pages: Iterable[int]) -> list[int]:
-        """One owner fewer for each page; those without an owner go back to the free list, and are returned."""
-        freed = []
-        references = self._references
-        for page in pages:  # once for every token where a page is one slot
-            count = references[page]
-            assert count > 0, f"page {page} is freed twice"
-            references[page] = count - 1
-            if count == 1:
-                freed.append(page)
+    def free(self, pages: Sequence[int] | NDArray[np.int64]) -> Pages:
+        """One owner fewer for each of these pages, which are distinct; those without an owner go back to the free list,
+        and are returned."""
+        numbers = np.asarray(pages, np.int64)
+        counts = self.references_of(numbers)
+        assert counts.all(), f"page {numbers[counts.argmin()]} is freed twice"
+        self._references[numbers] = counts - 1
+        freed = as_pages(numbers[counts == 1])
         self._free += freed
         return freed
 
     def churn(self, seed: int) -> None:
         """Leave the free list as long service does: in no order. Tables made from it are never `arange`, which would
         flatter a kernel that profits from neighbouring pages."""
-        self._free = np.random.default_rng(seed).permutation(self._free).tolist()
+        self._free = as_pages(np.random.default_rng(seed).permutation(self._free))
 
     def check(self) -> None:
         """The invariant: free + used = total, and no page is free twice or free and owned."""
         free = set(self._free)
         assert len(free) == len(self._free), "a page is in the free list twice"
         assert 0 not in free and self._references[0] == 0, "the null page was handed out"
-        used = {page for page, count in enumerate(self._references) if count > 0}
+        used = set(self._references.nonzero()[0].tolist())
         assert not free & used, f"pages both free and used: {sorted(free & used)}"
         assert len(free) + len(used) == self.num_pages, "a page leaked"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from fa_research.errors import CacheError, ConfigError
-from fa_research.kv_cache.allocator import PagedAllocator
+from fa_research.kv_cache.allocator import PagedAllocator, Pages
 from fa_research.kv_cache.pool import TokenToKVPool
 from fa_research.kv_cache.prefix_cache import PrefixCache, Tokens
 from fa_research.kv_cache.req_to_token import ReqToTokenPool
@@ -34,7 +35,7 @@ class CachedRequest:
     row: int
     page_size: int
     seq_len: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: Pages = field(default_factory=lambda: array("q"))
 
     def held_pages(self) -> Sequence[int]:
         """Every page, also those that are reserved and hold no token yet."""
@@ -89,15 +90,16 @@ class PagedKVCache:
         nothing can evict from then on."""
         seq_len = len(prefix) * self.page_size
         self._check_limit([seq_len])
-        if unowned := [page for page in prefix if not self.allocator.references(page)]:
+        owners = self.allocator.references_of(prefix)
+        if not owners.all():
             raise CacheError(
-                f"open with a prefix in page {unowned[0]}, which is free: it was evicted after it had been matched; "
-                "match again"
+                f"open with a prefix in page {prefix[int(owners.argmin())]}, which is free: it was evicted after it "
+                "had been matched; match again"
             )
-        request = CachedRequest(self.req_to_token.alloc(), self.page_size, seq_len, list(prefix))
+        request = CachedRequest(self.req_to_token.alloc(), self.page_size, seq_len, array("q", prefix))
         self.requests.add(request)
-        self.allocator.share(prefix)
-        self.req_to_token.write_pages([request.row] * len(prefix), list(range(len(prefix))), request.pages)
+        self.allocator.share(request.pages)
+        self.req_to_token.write_pages([request.row], [0], [len(prefix)], request.pages)
         self._after()
         return request
 
@@ -107,23 +109,21 @@ class PagedKVCache:
         self._check_open(requests)
         self._check_limit(seq_lens)
         size = self.page_size
-        rows: list[int] = []
-        indices: list[int] = []
-        growing: list[tuple[CachedRequest, int]] = []
+        growing: list[tuple[CachedRequest, int, int]] = []
         for request, seq_len in zip(requests, seq_lens, strict=True):
             held = len(request.pages)
             count = -(-seq_len // size) - held
             if count > 0:
-                growing.append((request, count))
-                rows += [request.row] * count
-                indices += range(held, held + count)
+                growing.append((request, held, count))
         if growing:
-            pages = self._take(len(rows))
+            counts = [count for _, _, count in growing]
+            pages = self._take(sum(counts))
             taken = 0
-            for request, count in growing:
+            for request, _, count in growing:
                 request.pages += pages[taken : taken + count]
                 taken += count
-            self.req_to_token.write_pages(rows, indices, pages)
+            rows, firsts = [r.row for r, _, _ in growing], [held for _, held, _ in growing]
+            self.req_to_token.write_pages(rows, firsts, counts, pages)
         self._after()
 
     def extend(self, requests: Sequence[CachedRequest], new_lens: Sequence[int]) -> None:
@@ -187,12 +187,12 @@ class PagedKVCache:
         self.requests.remove(request)
         self._poison_freed(self.allocator.free(request.pages))
         self.req_to_token.free(request.row)
-        request.pages = []
+        request.pages = array("q")
         self._after()
 
     def evict(self, wanted: int) -> int:
         """Free up to `wanted` pages of the prefix cache, the least recently used first; returns how many."""
-        freed = [] if self.prefix_cache is None else self.prefix_cache.evict(wanted)
+        freed = self.prefix_cache.evict(wanted) if self.prefix_cache is not None else ()
         self._poison_freed(freed)
         self._after()
         return len(freed)
@@ -232,7 +232,7 @@ class PagedKVCache:
         if self.prefix_cache is not None:
             self.prefix_cache.insert(tokens, request.pages, salt)
 
-    def _take(self, count: int) -> list[int]:
+    def _take(self, count: int) -> Pages:
         """`count` pages, evicting cached prefixes where fewer are free. Raises KVCacheFull, evicting nothing."""
         short = count - self.allocator.pages_free
         if short > 0 and self.prefix_cache is not None:

@@ -9,6 +9,7 @@ Legend: S slots in a page.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
@@ -17,7 +18,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from fa_research.kv_cache.allocator import PagedAllocator
+from fa_research.kv_cache.allocator import PagedAllocator, Pages, as_pages
 
 Tokens = NDArray[np.int64]
 Key = tuple[Hashable, bytes]
@@ -28,7 +29,7 @@ class _Node:
 
     __slots__ = ("children", "key", "last_used", "pages", "parent", "tokens")
 
-    def __init__(self, parent: _Node | None, key: Key, tokens: Tokens, pages: list[int]) -> None:
+    def __init__(self, parent: _Node | None, key: Key, tokens: Tokens, pages: NDArray[np.int64]) -> None:
         self.parent = parent
         self.key = key
         self.tokens = tokens  # S for each page
@@ -47,7 +48,7 @@ class PrefixCache:
     def __init__(self, allocator: PagedAllocator) -> None:
         self._allocator = allocator
         self._page_size = allocator.page_size
-        self._root = _Node(None, (None, b""), np.empty(0, np.int64), [])
+        self._root = _Node(None, (None, b""), np.empty(0, np.int64), np.empty(0, np.int64))
         self._clock = 0  # of uses; the least recently used leaf has the smallest number
         self._leaves: list[
             tuple[int, int, _Node]
@@ -58,24 +59,24 @@ class PrefixCache:
     def held_pages(self) -> Iterator[int]:
         """Every page in the tree."""
         for node in self._walk_all():
-            yield from node.pages
+            yield from node.pages.tolist()
 
     def writable_pages(self) -> Sequence[int]:
         """None: what is in the tree is never written."""
         return ()
 
-    def match(self, tokens: Sequence[int] | Tokens, salt: Hashable = None) -> list[int]:
+    def match(self, tokens: Sequence[int] | Tokens, salt: Hashable = None) -> Pages:
         """Pages of the longest known prefix of `tokens`, at most `len(tokens) - 1` tokens: the last one is always
         computed, because the next token follows from it. Changes nothing. The pages stay where they are only as long as
         nothing is evicted: give them to `PagedKVCache.open` before anything else."""
         tokens = np.asarray(tokens, np.int64)
-        node, pages = self._root, list[int]()
+        node, pages = self._root, array("q")
         end = max(0, len(tokens) - 1) // self._page_size
         while len(pages) < end:
             child, common = self._child(node, tokens[: end * self._page_size], len(pages), salt)
             if child is None:
                 break
-            pages += child.pages[:common]
+            pages += as_pages(child.pages[:common])
             if common < len(child.pages):
                 break
             node = child
@@ -94,7 +95,7 @@ class PrefixCache:
             child, common = self._child(node, tokens, done, salt)
             if child is None:
                 child, common = (
-                    self._add(node, tokens[done * size :], list(pages[done:end]), salt),
+                    self._add(node, tokens[done * size :], np.array(pages[done:end], np.int64), salt),
                     end - done,
                 )
             elif common < len(child.pages):
@@ -103,21 +104,21 @@ class PrefixCache:
             node, done = child, done + common
         self._push_if_leaf(node)
 
-    def evict(self, wanted: int, *, all_or_nothing: bool = False) -> list[int]:
+    def evict(self, wanted: int, *, all_or_nothing: bool = False) -> Pages:
         """Give up `wanted` pages, or as many as can be freed; they become free, and are returned. Pages go one by one
         from the tail of the least recently used leaf, and only where no one else owns them. `all_or_nothing`: give up
         none where fewer than `wanted` can be freed."""
         plan = self._plan(wanted)
         if all_or_nothing and sum(pages for _, pages in plan) < wanted:
-            return []
-        freed: list[int] = []
+            return array("q")
+        freed = array("q")
         for node, pages in plan:
             freed += self._cut(node, pages)
         return freed
 
-    def clear(self) -> list[int]:
+    def clear(self) -> Pages:
         """Give up every page, also those that others own; returns those that became free."""
-        pages = list(self.held_pages())
+        pages = array("q", self.held_pages())
         self._root.children.clear()
         self._leaves.clear()
         self._nodes = 0
@@ -130,7 +131,7 @@ class PrefixCache:
         nodes = list(self._walk_all())
         assert len(nodes) == self._nodes
         for node in nodes:
-            assert node.pages and len(node.tokens) == len(node.pages) * self._page_size
+            assert len(node.pages) and len(node.tokens) == len(node.pages) * self._page_size
             assert node.key[1] == node.tokens[: self._page_size].tobytes()
             assert node.parent is not None and node.parent.children[node.key] is node
             assert node.parent is self._root or node.parent.last_used >= node.last_used
@@ -154,7 +155,7 @@ class PrefixCache:
         equal = child.tokens[:length] == rest[:length]
         return child, (length if equal.all() else int(equal.argmin())) // size
 
-    def _add(self, parent: _Node, tokens: Tokens, pages: list[int], salt: Hashable) -> _Node:
+    def _add(self, parent: _Node, tokens: Tokens, pages: NDArray[np.int64], salt: Hashable) -> _Node:
         node = _Node(parent, (salt, tokens[: self._page_size].tobytes()), tokens.copy(), pages)
         parent.children[node.key] = node
         self._allocator.share(pages)
@@ -175,12 +176,12 @@ class PrefixCache:
         self._nodes += 1
         return front
 
-    def _cut(self, node: _Node, pages: int) -> list[int]:
+    def _cut(self, node: _Node, pages: int) -> Pages:
         """Free the last pages of a leaf, and the leaf itself with its last one."""
         keep = len(node.pages) - pages
         gone, node.pages = node.pages[keep:], node.pages[:keep]
         node.tokens = node.tokens[: keep * self._page_size]
-        if not node.pages:
+        if not keep:
             assert node.parent is not None
             del node.parent.children[node.key]
             self._nodes -= 1
@@ -196,8 +197,9 @@ class PrefixCache:
         while wanted > 0 and self._leaves:
             entry = heappop(self._leaves)
             used, _, node = entry
-            if used != node.last_used or not node.pages or len(node.children) > emptied[node] or node in plan:
-                continue  # used again since, gone, or no leaf any more
+            stale = used != node.last_used or not len(node.pages)  # used again since, or gone
+            if stale or node in plan or len(node.children) > emptied[node]:
+                continue
             seen.append(entry)
             pages = self._free_tail(node, wanted)
             if pages:
@@ -213,13 +215,10 @@ class PrefixCache:
 
     def _free_tail(self, node: _Node, wanted: int) -> int:
         """How many pages at the end of a run, `wanted` at most, have no owner but the tree."""
-        references = self._allocator.references
-        found = 0
-        for page in reversed(node.pages[-wanted:]):
-            if references(page) != 1:
-                break
-            found += 1
-        return found
+        if self._allocator.references(node.pages[-1]) != 1:  # most often the run of a live request
+            return 0
+        shared = self._allocator.references_of(node.pages[-wanted:][::-1]) > 1
+        return int(shared.argmax()) if shared.any() else len(shared)
 
     def _push_if_leaf(self, node: _Node) -> None:
         if node.children or node is self._root:
@@ -227,5 +226,5 @@ class PrefixCache:
         heappush(self._leaves, (node.last_used, next(self._pushes), node))
         if len(self._leaves) > 2 * self._nodes + 64:  # mostly leaves that were used again since
             newest = {leaf: entry for entry in self._leaves if (leaf := entry[2]).last_used == entry[0]}
-            self._leaves = [entry for leaf, entry in newest.items() if leaf.pages and not leaf.children]
+            self._leaves = [entry for leaf, entry in newest.items() if len(leaf.pages) and not leaf.children]
             heapify(self._leaves)

@@ -9,6 +9,7 @@ ends when the last request is admitted, before the service would run empty.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fa_research.kv_cache import CachedRequest, PagedKVCache, PrefixCache
+from fa_research.kv_cache.allocator import Pages
 from fa_research.kv_cache.prefix_cache import Tokens
 from fa_research.workloads.traces import BLOCK_SIZE, TraceRequest
 
@@ -139,10 +141,10 @@ class Replay:
         self._count_admission(request, shared, self._found(request, len(matched) * self.cache.page_size))
         return True
 
-    def _match(self, request: TraceRequest, tokens: Tokens | None) -> list[int]:
+    def _match(self, request: TraceRequest, tokens: Tokens | None) -> Pages:
         """Pages of the cache that hold the prompt's beginning, or all of it: the token behind it is asked for too."""
         if tokens is None or self.cache.prefix_cache is None:
-            return []
+            return array("q")
         return self.cache.prefix_cache.match(tokens[: request.input_length + 1])
 
     def _found(self, request: TraceRequest, matched: int) -> int:
@@ -161,8 +163,7 @@ class Replay:
 
     def _held_once(self, pages: Sequence[int]) -> int:
         """How many of these pages have one owner."""
-        references = self.cache.allocator.references
-        return sum(references(page) == 1 for page in pages)
+        return int((self.cache.allocator.references_of(pages) == 1).sum())
 
     def _advance(self) -> None:
         """To the next completed answer. Until then nobody can be admitted, since growth was reckoned with."""
@@ -177,7 +178,7 @@ class Replay:
     def _finish(self, request: Replayed) -> None:
         """Leave what can be shared in the prefix cache, which evicts what has not been used for longest where that is
         too much."""
-        pages = list(request.cached.pages)
+        pages = request.cached.pages
         self.cache.close(request.cached, request.tokens)
         self._retained += self._held_once(pages)
         if self._retained > self.retained_pages:

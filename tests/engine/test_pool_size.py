@@ -30,7 +30,7 @@ def test_the_free_list_is_churned_unless_told_otherwise() -> None:
     assert engine_of(config_of(kv=KVConfig(1))).cache.allocator.free_pages() == free
     assert engine_of(config_of(kv=KVConfig(1), seed=1)).cache.allocator.free_pages() != free
     orderly = engine_of(config_of(kv=KVConfig(1, churn=False))).cache.allocator
-    assert orderly.alloc(3) == [1, 2, 3]
+    assert list(orderly.alloc(3)) == [1, 2, 3]
 
 
 REFUSED: list[tuple[KVConfig, Needs, str]] = [

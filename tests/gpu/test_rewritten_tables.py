@@ -54,12 +54,12 @@ def test_updates_of_the_table_queue_up_behind_a_busy_stream() -> None:
     expected = pool.req_to_token.cpu().view(9, 16, 4)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        pool.write_pages([1], [0], [0])  # warm: the first pinned memory is allocated with a wait
+        pool.write_pages([1], [0], [1], [0])  # warm: the first pinned memory is allocated with a wait
         torch.cuda._sleep(1_000_000_000)
         for _ in range(200):
             rows, indices = [rng.randrange(1, 9) for _ in range(5)], rng.sample(range(16), 5)
             pages = [rng.randrange(1, 1000) for _ in range(5)]
-            pool.write_pages(rows, indices, pages)
+            pool.write_pages(rows, indices, [1] * 5, pages)
             for row, index, page in zip(rows, indices, pages, strict=True):
                 expected[row, index] = page * 4 + torch.arange(4)
     side.synchronize()

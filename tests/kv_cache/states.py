@@ -9,7 +9,7 @@ from fa_research.kv_cache import PagedAllocator, PagedKVCache
 
 def allocator_state(allocator: PagedAllocator) -> tuple[Any, ...]:
     counts = [allocator.references(page) for page in range(allocator.num_pages + 1)]
-    return sorted(allocator._free), counts
+    return sorted(allocator.free_pages()), counts
 
 
 def cache_state(cache: PagedKVCache) -> tuple[Any, ...]:

@@ -62,7 +62,7 @@ def test_a_fork_outlives_its_parent_and_the_reverse() -> None:
     shared = list(parent.pages[:2])
     cache.close(parent)
     cache.close(child)
-    assert grandchild.pages == shared and table_row(cache, grandchild) == slots_of(cache, grandchild)
+    assert list(grandchild.pages) == shared and table_row(cache, grandchild) == slots_of(cache, grandchild)
     assert cache.allocator.pages_used == 2
     cache.close(grandchild)
     assert cache.allocator.pages_free == 8

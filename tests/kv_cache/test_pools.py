@@ -31,7 +31,8 @@ def test_write_pages_of_a_large_batch(device: str, page_size: int) -> None:
     expected = pool.req_to_token.tolist()
     places = rng.sample([(row, index) for row in range(1, 201) for index in range(width)], 3000)
     pages = [rng.randrange(1, 2**31 // page_size) for _ in places]
-    pool.write_pages([row for row, _ in places], [index for _, index in places], pages)
+    rows, indices = [row for row, _ in places], [index for _, index in places]
+    pool.write_pages(rows, indices, [1] * len(places), pages)
     for (row, index), page in zip(places, pages, strict=True):
         for offset in range(page_size):
             expected[row][index * page_size + offset] = page * page_size + offset
@@ -41,7 +42,7 @@ def test_write_pages_of_a_large_batch(device: str, page_size: int) -> None:
 
 def test_an_empty_update() -> None:
     pool = ReqToTokenPool(2, 8, page_size=4, device="cpu")
-    pool.write_pages([], [], [])
+    pool.write_pages([], [], [], [])
     assert pool.req_to_token.eq(0).all()
 
 
@@ -52,7 +53,7 @@ def test_rows() -> None:
     assert sorted(rows) == [1, 2, 3]
     with pytest.raises(ConfigError, match=r"kv\.max_requests=3 rows are all in use"):
         pool.alloc()
-    pool.write_pages(rows, [0, 0, 0], [1, 2, 3])
+    pool.write_pages(rows, [0, 0, 0], [1, 1, 1], [1, 2, 3])
     pool.free(rows[1])
     assert pool.req_to_token[rows[1]].eq(0).all(), "a freed row points at the sink page"
     assert pool.req_to_token[[rows[0], rows[2]], 0].tolist() == [4, 12]

@@ -59,7 +59,7 @@ class Service(RuleBasedStateMachine):
             if (salt, prompt[:end]) not in self.tree:
                 break
             expected.append(self.tree[salt, prompt[:end]][0])
-        assert prefix == expected
+        assert list(prefix) == expected
         if len(self.texts) == ROWS:
             with pytest.raises(ConfigError, match=rf"kv\.max_requests={ROWS}"):
                 self.cache.open(prefix)
