@@ -63,7 +63,7 @@ Groups, as in group=choice; a group's keys are set as in kv.page_size=64:
 {groups}
 At the root: study (the folder in outputs/), seed, device (auto, cpu, cuda).
 
-  --cfg job        show the composed config, with what else is on the command line
+  --cfg job        show the config that the run would use, with what else is on the command line
   -m, --multirun   sweep over comma-separated values
   --hydra-help     what Hydra offers beyond this
 
@@ -91,6 +91,8 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     register()
     sys.argv[1:] = quote_free_text(options_first(sys.argv[1:]))
+    if any(text.startswith(("--cfg", "-c")) and not text.startswith("--config") for text in sys.argv[1:]):
+        _show_real_values()
     _wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; otherwise it prints its own text and exits
     try:
@@ -104,6 +106,25 @@ def launch(main: Callable[[], Any]) -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:  # as in `python run.py --cfg job | head -3`
         _exit_unread()
+
+
+def _show_real_values() -> None:
+    """Have Hydra show the values that the run would use; comments come first, but not where one package is asked for,
+    whose value a shell may read."""
+    from hydra._internal.hydra import Hydra
+
+    from fa_research.config.shown import show_real_values
+
+    compose, whole = Hydra.compose_config, not any(text.startswith(("-p", "--package")) for text in sys.argv)
+
+    def compose_as_run(hydra: Hydra, config_name: str | None, overrides: list[str], **how: Any) -> DictConfig:
+        cfg = compose(hydra, config_name, overrides, **how)
+        for line in show_real_values(cfg, cfg.hydra.overrides.task):
+            if whole:
+                print(line)
+        return cfg
+
+    Hydra.compose_config = compose_as_run  # type: ignore[method-assign, assignment]  # there is no hook
 
 
 def run_one(cfg: DictConfig) -> Row | None:

@@ -85,6 +85,8 @@ def test_the_composed_config_can_be_shown_without_running() -> None:
     assert done.returncode == 0
     shown = OmegaConf.create(done.stdout)
     assert (shown.workload.name, shown.kv.page_size) == ("decode", 4)
+    assert shown.model.num_layers == 8 and "# sampling.seed=null: 0" in done.stdout, "what the run uses"
+    assert run_py("--cfg", "job", "-p", "kv.page_size").stdout == "16\n"
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,8 @@ def test_a_sweep_whose_output_nobody_reads_comes_to_its_end(tmp_path: Path) -> N
     with child:
         assert child.stdout is not None and child.stderr is not None
         child.stdout.close()
-        assert child.stderr.read() == b""
+        said = child.stderr.read().decode()
+    assert said == "nobody reads stdout any more; going on without the screen, as rows are what counts\n"
     assert child.returncode == 1, "as with a reader: both cells are refused"
     assert len(read_rows(tmp_path / "sweep" / ROWS_FILE)) == 2
 

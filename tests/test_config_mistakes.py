@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
 
 import pytest
 import yaml
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_research.config import Config, load_config
+from fa_research.config import Config, GraphMode, load_config
 from fa_research.config.explain import explain
+from fa_research.config.schemas import WORKLOADS
+from fa_research.config.yaml_words import hint
 from fa_research.errors import BackendUnavailable, ConfigError, FaResearchError, KVCacheFull, Unsupported
 from tests.test_config import composed, hydra_configs
 
@@ -270,10 +278,72 @@ def test_refusals_list_all_reasons_and_what_would_work() -> None:
     assert all(part in full for part in ("12 pages requested", "3 pages free", "kv.num_pages"))
 
 
-def test_a_bare_off_in_a_preset_is_told_to_be_quoted() -> None:
+def keyed(schema: type, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys of a schema with their types."""
+    for name, kind in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from keyed(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+ENUMS = {
+    key: kind
+    for key, kind in [
+        *keyed(Config),
+        *(pair for schema in WORKLOADS.values() for pair in keyed(schema, "workload.")),
+    ]
+    if isinstance(kind, type) and issubclass(kind, Enum)
+}
+
+
+@pytest.mark.parametrize("word", ["off", "on", "yes", "no", "Off", "true", "null"])
+@pytest.mark.parametrize("key", ENUMS)
+def test_a_bare_word_of_yaml_in_a_preset_is_the_choice_or_told(key: str, word: str) -> None:
+    """For every key with choices: `mode: off` is False when the schema sees it."""
+    read = yaml.safe_load(word)
+    same = {False: {"off", "no", "false"}, True: {"on", "yes", "true"}, None: set[str]()}[read]
+    meant = same & set(ENUMS[key].__members__)
+    schema = OmegaConf.structured(Config)
+    if len(meant) == 1:
+        OmegaConf.update(schema, key, read)
+        assert OmegaConf.select(schema, key) is ENUMS[key][meant.pop()]
+        return
     with pytest.raises(OmegaConfBaseException) as caught:
-        OmegaConf.merge(OmegaConf.structured(Config), yaml.safe_load("cuda_graph: {mode: off}"))
-    assert 'YAML reads a bare off as false, so quote it: "off"' in explain(caught.value)
+        OmegaConf.update(schema, key, read)
+    said = explain(caught.value)
+    assert said.startswith(f"{key}=") and "expected one of " in said
+    assert "YAML reads" in said or (read is None and "none" not in ENUMS[key].__members__)
+
+
+def test_choices_that_are_spelt_alike_have_to_be_quoted() -> None:
+    assert hint(["off", "no", "auto"], False).endswith('so quote it: "off" or "no"')
+    assert hint(["off"], "of") == ""
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ("tracking:\n  mode: off", "experiment/mine.yaml: tracking.mode=False: expected one of auto,"),
+        ("tracking: off", "experiment/mine.yaml: tracking=False: is a group of keys"),
+        (
+            "defaults:\n  - override /cuda_graph: off",
+            'put it in quotes there, as in override /cuda_graph: "off"',
+        ),
+        ("kv:\n  pagesize: 4", "experiment/mine.yaml: unknown key kv.pagesize (did you mean kv.page_size?)"),
+        ("cuda_graph:\n  mode: off", None),
+    ],
+)
+def test_a_preset_is_named_with_its_mistake(preset: str, said: str | None, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{preset}\n")
+    overrides = ["experiment=mine", f"hydra.searchpath=[file://{tmp_path}]"]
+    if said is None:
+        assert composed(*overrides).cuda_graph.mode is GraphMode.off
+        return
+    with pytest.raises((HydraException, OmegaConfBaseException, ValueError)) as caught:
+        composed(*overrides)
+    assert said in explain(caught.value)
 
 
 def test_question_marks_are_a_prompt() -> None:

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from fa_research.config.schemas import WORKLOADS, Config, WorkloadConfig
+from fa_research.config.yaml_words import hint
 
 # Launchers of Hydra that are packages of their own: which, and which extra of this one brings it.
 _LAUNCHERS = {
@@ -23,20 +24,30 @@ _LAUNCHERS = {
     "submitit_slurm": ("hydra-submitit-launcher", "launchers"),
     "ray": ("hydra-ray-launcher", "ray"),
 }
+_IN_A_FILE = r"In '(.*)': \w+ raised while composing config"  # Hydra's words
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
 def explain(error: BaseException) -> str:
     """One line for a user about an error of composition or conversion."""
     chain = list(_causes(error))
+    where = next((found[1] for cause in chain if (found := re.match(_IN_A_FILE, str(cause)))), None)
     for cause in chain:
         if isinstance(cause, MissingConfigException) and cause.options:
             return _unknown_choice(cause)
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            return _explain_omegaconf(cause)
+            return f"{where}.yaml: {_explain_omegaconf(cause)}" if where else _explain_omegaconf(cause)
         if several := re.match(r"Ambiguous value for argument '(.*)'", str(cause)):
             key, _, values = several[1].partition("=")
             return f"{several[1]}: several values need a sweep, --multirun; a list is {key}=[{values}]"
+    for cause in chain:
+        if plain := re.match(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", str(cause)):
+            return _plain_for_group(plain[1], plain[2], where)
+    if "Unsupported item value in defaults" in str(error):
+        return (
+            "a choice in a list of defaults is no text to YAML (a bare off or no is false, on or yes true, 1 a number): "
+            'put it in quotes there, as in override /cuda_graph: "off"'
+        )
     if any(isinstance(cause, ValueError) and "group override must be" in str(cause) for cause in chain):
         return (
             f"{error}: a group takes the name of one of its choices, as in backend=triton; --help lists them"
@@ -44,6 +55,18 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         return _unreadable(str(error.override))
     return " ".join(str(error).split())
+
+
+def _plain_for_group(schema: str, value: str, where: str | None) -> str:
+    """A value was given where a preset has a group of keys, as in `tracking: off`."""
+    named = [
+        key for key, kind in typing.get_type_hints(Config).items() if getattr(kind, "__name__", "") == schema
+    ]
+    group = named[0] if named else schema
+    return (
+        f"{f'{where}.yaml: ' if where else ''}{group}={value}: is a group of keys, no value; a choice of it stands in "
+        f"the list of defaults: override /{group}: <choice>"
+    )
 
 
 def _unreadable(override: str) -> str:
@@ -79,7 +102,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     current: BaseException | None = error
     while current is not None:
         yield current
-        current = current.__cause__
+        # Hydra raises the error of composition while it handles that of OmegaConf, without naming it as the cause
+        composing = isinstance(current, ConfigCompositionException)
+        current = current.__cause__ or (current.__context__ if composing else None)
 
 
 def _explain_omegaconf(error: OmegaConfBaseException) -> str:
@@ -99,13 +124,10 @@ def _explain_omegaconf(error: OmegaConfBaseException) -> str:
 
 
 def _unquoted(value: Any, wanted: str) -> str:
-    """How to write a choice that YAML 1.1 reads as something else where it is bare, as `off` and `on`."""
-    if not isinstance(value, bool) or not wanted.startswith("one of "):
+    """What YAML 1.1 made of a bare word, where a choice is wanted."""
+    if not wanted.startswith("one of "):
         return ""
-    words = {False: ("off", "no", "false"), True: ("on", "yes", "true")}[value]
-    choices = wanted.removeprefix("one of ").replace(" or null", "").split(", ")
-    meant = next((word for word in words if word in choices), None)
-    return f'; YAML reads a bare {meant} as {str(value).lower()}, so quote it: "{meant}"' if meant else ""
+    return hint(wanted.removeprefix("one of ").replace(" or null", "").split(", "), value)
 
 
 def _list_item(full_key: str) -> str:

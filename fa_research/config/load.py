@@ -53,6 +53,14 @@ def read_config(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
     return config
 
 
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """A copy of a composed config as a task gets it from Hydra, so without the `hydra` node."""
+    task = copy.deepcopy(cfg)
+    with flag_override(task, ["readonly", "struct"], [False, False]):
+        del task["hydra"]
+    return task
+
+
 def _to_object(cfg: DictConfig) -> object:
     """The dataclass that `cfg` is of. No text here is mandatory, so `???`, OmegaConf's mark of a missing value, is in
     `FREE_TEXT` what was typed."""

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fa_research.config.model_schema import Choice, Dtype, ModelConfig
+from fa_research.config.yaml_words import accept_truth_values
+
+accept_truth_values()  # here, as every process that composes a config imports the schemas, those of launchers too
 
 
 class Device(Choice):

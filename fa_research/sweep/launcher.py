@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from fa_research import plugins
 from fa_research.config import load_config
 from fa_research.config.free_text import quotes
+from fa_research.config.load import without_hydra
 from fa_research.errors import CellLost, ConfigError
 from fa_research.sweep import exclude
 from fa_research.sweep.cells import Cell, Composer
@@ -34,23 +34,27 @@ _MANY = 10  # cells
 
 def _of_all(cells: Sequence[Cell]) -> ConfigError | None:
     """What every cell would fail of, if that is the same for all: the command is wrong, and no cell need start."""
-    said = None
+    first = None
     for cell in cells:
-        if cell.error is None and cell.cfg is not None:
-            try:
-                task = copy.deepcopy(cell.cfg)
-                with flag_override(task, ["readonly", "struct"], [False, False]):
-                    del task["hydra"]  # as Hydra does before it calls the task
-                load_config(task, cell.cfg.hydra.overrides.task)
-                return None
-            except ConfigError as error:
-                problem = error
-        elif cell.error is not None:
-            problem = cell.error
-        if said is not None and str(said) != str(problem):
+        problem = _problem(cell)
+        if problem is None or (first is not None and str(first) != str(problem)):
             return None
-        said = problem
-    return said
+        first = problem
+    return first
+
+
+def _problem(cell: Cell) -> ConfigError | None:
+    """What is wrong with a cell, as far as its config alone tells. None too where the check itself breaks: the cell
+    meets the same exception and has a row with it."""
+    if cell.error is not None or cell.cfg is None:
+        return cell.error
+    try:
+        load_config(without_hydra(cell.cfg), cell.cfg.hydra.overrides.task)
+    except ConfigError as error:
+        return error
+    except Exception:
+        log.debug("the check of cell %d broke", cell.job, exc_info=True)
+    return None
 
 
 def pin_sweep_dir(config: DictConfig) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from fa_research.config import to_plain
 from fa_research.config.store import CONFIG_DIR, register
 from fa_research.errors import ConfigError
-from fa_research.sweep import exclude
+from fa_research.sweep import exclude, launcher
 from fa_research.sweep.cells import Cell
 from fa_research.sweep.view import in_short
 from fa_research.tracking import ROWS_FILE, Row, Status, read_rows
@@ -225,3 +226,20 @@ def test_what_every_cell_would_fail_of_is_said_once(tmp_path: Path) -> None:
     done = run_py("-m", "workload=text", "workload.shared_prefix_len=300", "seed=0,1,2", cwd=tmp_path)
     assert "workload.shared_prefix_len=300: must be from 0 to" in one_error_line(done)
     assert not list(tmp_path.rglob("rows.jsonl"))
+
+
+def test_a_check_that_breaks_before_the_sweep_leaves_the_cells_to_say_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise AttributeError("a bug")
+
+    overrides = OmegaConf.create({"hydra": {"overrides": {"task": []}}})
+    cells = [Cell(job, [], {}, cfg=overrides) for job in (0, 1)]
+    monkeypatch.setattr(launcher, "load_config", broken)
+    assert launcher._of_all(cells) is None
+    refusal = ConfigError("kv.page_size=0")
+    assert launcher._of_all(
+        [Cell(0, [], {}, error=refusal), Cell(1, [], {}, error=ConfigError("kv.page_size=0"))]
+    )
+    assert launcher._of_all([Cell(0, [], {}, error=refusal), *cells]) is None
