@@ -45,8 +45,8 @@ def explain(error: BaseException) -> str:
             return _plain_for_group(plain[1], plain[2], where)
     if "Unsupported item value in defaults" in str(error):
         return (
-            "a choice in a list of defaults is no text to YAML (a bare off or no is false, on or yes true, 1 a number): "
-            'put it in quotes there, as in override /cuda_graph: "off"'
+            "a choice in a list of defaults is no text to YAML (a bare off or no is false, on or yes true, 1 a "
+            'number): put it in quotes there, as in override /cuda_graph: "off"'
         )
     if any(isinstance(cause, ValueError) and "group override must be" in str(cause) for cause in chain):
         return (
