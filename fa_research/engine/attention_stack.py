@@ -30,6 +30,7 @@ class AttentionStack:
         seed: int,
     ) -> None:
         self.attention_specs = tuple(specs)
+        self.notes: list[str] = []
         first = specs[0]
         generator = torch.Generator(device=device).manual_seed(seed)
 

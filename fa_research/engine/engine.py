@@ -226,5 +226,6 @@ def build_engine(
     )
     notes += rope_notes(config, needs)
     model = make_model(device, dtype)
+    notes += model.notes
     cache = create_cache(config, needs, specs, device, dtype)
     return Engine(config, ModelRunner(model, backend, cache), tuple(specs), device, dtype, graph_mode, notes)

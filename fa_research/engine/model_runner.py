@@ -23,7 +23,9 @@ Observe = Callable[[ForwardBatch, Tensor], object]  # an extend pass's batch and
 
 
 class EngineModel(Protocol):
-    """What the engine needs of a model."""
+    """What the engine needs of a model. `notes` are for the row: what differs from the config."""
+
+    notes: list[str]
 
     def __call__(self, input_ids_T: Tensor, attend: Attend, rows_M: Tensor | None = None) -> Tensor:
         """Hidden states [T, E], or [M, E] of the tokens `rows_M`."""

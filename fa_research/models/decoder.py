@@ -5,6 +5,7 @@ Legend: T tokens of the ragged batch, D head dim, E hidden size, M tokens that g
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,7 @@ class Decoder(nn.Module):
         attention_specs: one per layer, what a backend must be able to do.
         cos_sin_XD: the rotation of every position up to ``max_context_len``, float32 [X, D].
         local_cos_sin_XD: that of the local layers, where it is another one.
+        notes: what differs from the config that was given, for the row.
     """
 
     cos_sin_XD: Tensor
@@ -48,6 +50,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.notes: list[str] = []
         self.attention_specs = attention_specs(config)
         self.embedding = new_weight(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         # Rounded as transformers rounds it: a checkpoint was trained with the rounded one.
@@ -91,6 +94,16 @@ class Decoder(nn.Module):
         """[..., vocabulary] in the model's dtype. Pass only the tokens to be sampled: logits are large."""
         logits = F.linear(hidden_TE, self.head)
         return ops.softcap(logits, self.config.logit_softcap) if self.config.logit_softcap else logits
+
+    def untie(self, head: Tensor) -> None:
+        """Take `head` (of the embedding's shape, dtype and device) in place of the embedding, in the config too."""
+        assert (head.shape, head.dtype) == (self.embedding.shape, self.embedding.dtype)
+        self.head = nn.Parameter(head, requires_grad=False)
+        self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
+        self.notes.append(
+            "config.json ties lm_head to the embedding, but the files hold another lm_head: both are used, as in "
+            "transformers"
+        )
 
     @torch.no_grad()
     def init_random_(self, seed: int) -> None:

@@ -13,11 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from fa_research.config import ModelConfig
+from fa_research.config.checkpoint import take_from_folder
 from fa_research.errors import CheckpointError
-from fa_research.models import build_model, load_weights
+from fa_research.measure.cell import check
+from fa_research.models import Decoder, build_model, load_weights
 from fa_research.models.checkpoint_files import INDEX, ONE_FILE
+from tests.engine.lab import EAGER, Lab, prompts_of
 from tests.models.checkpoints import PEERS, edit_config, edit_weights, load, save
 from tests.models.test_names import check_weights
+from tests.workloads.cells import cell, prepared
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -36,24 +41,126 @@ def test_shards(tmp_path: Path) -> None:
     assert shards[0] not in str(caught.value)
 
 
-def test_a_tied_head_may_be_stored_too_if_it_is_the_same(tmp_path: Path) -> None:
+def check_logits(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The folder gives the logits of transformers, which loads it itself; in bfloat16, where every product is rounded,
+    embedding and head are compared instead."""
+    ours, theirs = load(folder, dtype), PEERS[name].open(folder, dtype, "cpu")
+    assert torch.equal(ours.embedding, theirs.get_input_embeddings().weight)
+    assert torch.equal(ours.head, theirs.get_output_embeddings().weight)
+    assert (ours.head is ours.embedding) == ours.config.tie_word_embeddings
+    assert len(ours.notes) == (ours.head is not ours.embedding and "tied" in name)
+    if dtype == torch.float32:
+        prompt = prompts_of(21)[0]
+        with torch.no_grad():
+            expected = theirs(torch.tensor([prompt])).logits[0]
+        torch.testing.assert_close(Lab(EAGER, loaded=ours).again(prompt), expected, rtol=1e-4, atol=2e-4)
+    return ours
+
+
+Change = Callable[[dict[str, Tensor]], object]
+HEAD_ALONE: Change = lambda t: t.update({HEAD: t.pop(EMBEDDING)})  # noqa: E731
+SAME: Change = lambda t: t.update({HEAD: t[EMBEDDING].clone()})  # noqa: E731
+OTHER: Change = lambda t: t.update({HEAD: 2 * t[EMBEDDING].flip(0)})  # noqa: E731
+# The same in bfloat16 and not in float32.
+ROUNDED: Change = lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()})  # noqa: E731
+WIDER: Change = lambda t: t.update({HEAD: t[EMBEDDING].double()})  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "tied"),
+    [
+        (HEAD_ALONE, torch.float32, True),
+        (HEAD_ALONE, torch.bfloat16, True),
+        (SAME, torch.float32, True),
+        (OTHER, torch.float32, False),
+        (OTHER, torch.bfloat16, False),
+        (ROUNDED, torch.float32, False),
+        (ROUNDED, torch.bfloat16, True),
+        (WIDER, torch.float32, True),
+    ],
+    ids=lambda value: str(value) if not callable(value) else "",
+)
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3-tied"])
+def test_a_tied_head_that_is_stored_is_read_as_in_transformers(
+    name: str, change: Change, dtype: torch.dtype, tied: bool, tmp_path: Path
+) -> None:
+    save(PEERS[name], tmp_path)
+    edit_weights(tmp_path, change)
+    model = check_logits(tmp_path, name, dtype)
+    assert (model.head is model.embedding) == tied
+
+
+def test_a_tied_head_of_another_shape_is_refused(tmp_path: Path) -> None:
     save(PEERS["llama-tied"], tmp_path)
-    edit_weights(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
-    check_weights(tmp_path)
-    model = load(tmp_path)
-    assert model.head is model.embedding
-    edit_weights(tmp_path, lambda tensors: tensors[HEAD].mul_(2))
+    edit_weights(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING][:-1].clone()}))
+    with pytest.raises(CheckpointError, match=f"wrong shape: {HEAD} is "):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "gptoss"])
+def test_names_without_model_and_old_buffers_are_read_as_in_transformers(name: str, tmp_path: Path) -> None:
+    save(PEERS[name], tmp_path)
+
+    def age(tensors: dict[str, Tensor]) -> None:
+        for full in [full for full in tensors if full.startswith("model.")]:
+            tensors[full.removeprefix("model.")] = tensors.pop(full)
+        for i in range(2):
+            attention = f"layers.{i}.self_attn."
+            tensors[f"{attention}bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+            tensors[f"{attention}masked_bias"] = torch.tensor(-1e9)
+            tensors[f"{attention}rotary_emb.inv_freq"] = torch.ones(32)
+
+    edit_weights(tmp_path, age)
+    check_logits(tmp_path, name)
+    edit_weights(
+        tmp_path,
+        lambda t: t.update({Q0.removeprefix("model."): torch.zeros(2), "layers.9.x": torch.zeros(1)}),
+    )
     with pytest.raises(
-        CheckpointError, match=r"not part of the model: lm_head.weight \(differs from the tied"
+        CheckpointError, match=r"not part of the model: layers.9.x; wrong shape: layers.0.self"
     ):
         load(tmp_path)
 
 
-def test_stored_frequencies_of_the_rotation_are_left_alone(tmp_path: Path) -> None:
-    save(PEERS["llama"], tmp_path)
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    edit_weights(tmp_path, lambda tensors: tensors.update({name: torch.ones(32)}))
-    check_weights(tmp_path)
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    save(PEERS["llama-tied"], tmp_path)
+    up = "model.layers.1.mlp.up_proj.weight"
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[Q0][3, :2] = float("nan")
+        tensors[Q0][5, 0] = float("inf")
+        tensors[up][0, 0], tensors[up][1, 0] = float("inf"), float("-inf")
+
+    edit_weights(tmp_path, spoil)
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    message = str(caught.value)
+    assert f"{Q0} (2 NaN and 1 infinite of 65,536)" in message and f"{up} (2 infinite of 24,576)" in message
+    assert message.count("infinite") == 2 and message.endswith("fetch it again")
+
+
+def test_weights_too_large_for_float16_are_named(tmp_path: Path) -> None:
+    """Finite weights whose sum overflows are none."""
+    save(PEERS["llama-tied"], tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors[Q0].fill_(6e4))
+    load(tmp_path, torch.float16)
+    edit_weights(tmp_path, lambda tensors: tensors[Q0][0].fill_(7e4))
+    load(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=rf"{Q0} \(256 infinite of 65,536\); .* try model.dtype=bfloat16"
+    ):
+        load(tmp_path, torch.float16)
+
+
+def test_the_row_says_that_a_head_is_not_tied(tmp_path: Path) -> None:
+    """And the oracle uses the same head."""
+    save(PEERS["llama-tied"], tmp_path)
+    edit_weights(tmp_path, OTHER)
+    config = cell("decode", model=take_from_folder(ModelConfig(path=str(tmp_path))))
+    unit, engine = prepared(config)
+    assert any("the files hold another lm_head" in note for note in engine.notes)
+    passed, columns = check(engine, unit)
+    assert passed, columns
 
 
 def test_all_that_is_wrong_with_the_tensors_is_one_error(tmp_path: Path) -> None:
