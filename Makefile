@@ -7,13 +7,17 @@ GPU_WORKERS ?= 4
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fa_research_installed
 
-.PHONY: run test lint format gpu-test setup clean
+.PHONY: run test test-full lint format gpu-test setup clean
 
 run: $(STAMP)
 	$(PY) run.py $(ARGS)
 
 test: lint
 	$(PY) -m pytest -m "not gpu" -n 2
+
+# Every mask with every page size and batch, where `test` runs every pair of values.
+test-full: lint
+	FA_RESEARCH_FULL_SEMANTICS=1 $(PY) -m pytest -m "not gpu" -n 2
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

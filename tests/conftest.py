@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.summary import lines
+
 # Triton decides at its own import whether it interprets, and a test may import it (transformers does) before the
 # package's kernels do. Devices are looked up by file, as asking torch would cost every test run four seconds.
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
@@ -29,6 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    said = lines(report for reports in terminalreporter.stats.values() for report in reports)
+    if said:
+        terminalreporter.section("covered")
+        for line in said:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from fa_research.backends.jax_backend import JaxBackend, bucket  # noqa: E402
 from fa_research.errors import ConfigError, Unsupported  # noqa: E402
 from fa_research.masks import Causal, Chunked, Full, Mask, SlidingWindow  # noqa: E402
 from tests.helpers import DEVICES, Scene, make_spec  # noqa: E402
-from tests.semantics.cases import CASES, Case  # noqa: E402
+from tests.semantics.cases import Case  # noqa: E402
+from tests.semantics.coverage import coverage, marked  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LENS = ((0, 5), (16, 1), (3, 30))
@@ -123,12 +125,16 @@ def test_decode_through_pallas(device: str, mask: Mask) -> None:
     scene.check(scene.backend("jax", **PALLAS))  # many tokens a request: XLA
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", [case for case in CASES["cuda"] if case.batch == "decode"], ids=str)
-def test_every_decode_case_through_pallas(case: Case) -> None:
+def every_decode_case() -> list[Any]:
+    found = coverage("jax", "cuda", (("kernel", "pallas"),))
+    return marked({"cuda": [("jax", case) for case in found.cases if case.batch == "decode"]})
+
+
+@pytest.mark.parametrize(("name", "device", "case"), every_decode_case())
+def test_every_decode_case_through_pallas(name: str, device: str, case: Case) -> None:
     """Masks, page sizes, softcap, sinks, head dims, NaN around the requests' own slots."""
-    scene = case.scene("cuda")
-    scene.check(scene.backend("jax", **PALLAS))
+    scene = case.scene(device)
+    scene.check(scene.backend(name, **PALLAS))
 
 
 @pytest.mark.parametrize("device", DEVICES)

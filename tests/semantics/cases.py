@@ -1,15 +1,18 @@
-"""Which combinations of an attention variant, a page size and a batch are run: each pair of values occurs."""
+"""What is varied in the tests of semantics: masks, page sizes, batches, softcap, sinks, heads, head dims and dtypes."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+import dataclasses
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
-from fa_research.masks import Causal, Chunked, Full, Mask, SlidingWindow
+from fa_research import masks
+from fa_research.masks import Mask
 from fa_research.spec import AttentionSpec
 from tests.helpers import Scene, make_spec
 
@@ -28,10 +31,9 @@ class Case:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        size = getattr(self.mask, "size", "")
         extras = ("-softcap" if self.softcap else "") + ("-sink" if self.has_sink else "")
-        shape = f"d{self.head_dim}-h{self.heads[0]}:{self.heads[1]}-{str(self.dtype).removeprefix('torch.')}"
-        return f"{self.mask.name}{size}{extras}-page{self.page_size}-{self.batch}-{shape}"
+        shape = f"d{self.head_dim}-h{self.heads[0]}:{self.heads[1]}-{said(self.dtype)}"
+        return f"{said(self.mask)}{extras}-page{self.page_size}-{self.batch}-{shape}"
 
     @property
     def spec(self) -> AttentionSpec:
@@ -41,6 +43,13 @@ class Case:
         lens = LENS[device][self.batch]
         decode = self.batch == "decode"
         return Scene(self.spec, lens, self.page_size, self.dtype, device, decode=decode)
+
+
+def said(value: Any) -> str:
+    """A value of a dimension, in few characters."""
+    if isinstance(value, Mask):
+        return f"{value.name}{getattr(value, 'size', '')}"
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
 
 
 # (prefix, new) tokens. Lengths stand on, before and after the borders of pages, windows, chunks and kernel tiles.
@@ -59,77 +68,41 @@ LENS: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
     },
 }
 
-_COMMON: dict[str, Sequence[Any]] = {
-    "softcap": (0.0, 4.0),
-    "has_sink": (False, True),
-    "head_dim": (64, 128, 256, 96),
-}
-DIMENSIONS: dict[str, dict[str, Sequence[Any]]] = {
-    "cpu": {
-        "mask": (Causal(), SlidingWindow(7), Chunked(12), Full()),
-        "page_size": (1, 3, 16, 128),
-        "batch": tuple(LENS["cpu"]),
-        "heads": ((2, 2), (4, 1), (6, 2)),
-        "dtype": (torch.float32, torch.float16),
-        **_COMMON,
-        "head_dim": (*_COMMON["head_dim"], 40),
-    },
-    "cuda": {
-        "mask": (Causal(), SlidingWindow(100), Chunked(256), Full()),
-        "page_size": (1, 16, 64, 128, 256),
-        "batch": tuple(LENS["cuda"]),
-        "heads": ((4, 4), (8, 2), (6, 2), (16, 1)),
-        "dtype": (torch.bfloat16, torch.float16, torch.float32),
-        **_COMMON,
-    },
-}
+_SIZES = {"cpu": {"chunked": 12}, "cuda": {"chunked": 256}}
+_OTHER_SIZES = {"cpu": 7, "cuda": 100}
+_VALUES: dict[type, Any] = {int: 4, float: 0.5, bool: True, str: ""}  # of fields without a default
 
 
-def covering(dimensions: Mapping[str, Sequence[Any]], full: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows that hold every combination of the dimensions `full`, and every pair of values of any two dimensions. The
-    same rows in every process: test runners that share the work compare what they found."""
-    names = [*full, *(name for name in dimensions if name not in full)]
+@cache
+def every_mask(device: str) -> tuple[tuple[Mask, ...], tuple[str, ...]]:
+    """Each mask of the package and of plugins, and, for those that cannot be made here, the reason. A mask has the size
+    above if it takes one, and the defaults of its other fields."""
+    made, problems = [], []
+    for name, cls in sorted(masks._registry().items()):
+        kinds, size = typing.get_type_hints(cls), _SIZES[device].get(name, _OTHER_SIZES[device])
+        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+        takes_size = fields.pop("size", None) is not None
+        needed = [
+            name for name, field in fields.items() if field.default is field.default_factory
+        ]  # both missing
+        try:
+            options = {name: _VALUES[kinds[name]] for name in needed}
+            made.append(masks.build(name, size if takes_size else None, options))
+        except ValueError as error:
+            problems.append(f"mask {name}: {error}; give its fields defaults that work")
+    return tuple(made), tuple(problems)
 
-    def pairs(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        return list(itertools.combinations(((name, row[name]) for name in names if name in row), 2))
 
-    missing = {  # a dict and not a set, for its order
-        pair: None
-        for a, b in itertools.combinations(names, 2)
-        for x, y in itertools.product(dimensions[a], dimensions[b])
-        for pair in pairs({a: x, b: y})
+def dimensions(device: str) -> dict[str, Sequence[Any]]:
+    """The values of each field of `Case`."""
+    on_gpu = device == "cuda"
+    return {
+        "mask": every_mask(device)[0],
+        "page_size": (1, 16, 64, 128, 256) if on_gpu else (1, 3, 16, 128),
+        "batch": tuple(LENS[device]),
+        "heads": ((4, 4), (8, 2), (6, 2), (16, 1)) if on_gpu else ((2, 2), (4, 1), (6, 2)),
+        "dtype": (torch.bfloat16, torch.float16, torch.float32) if on_gpu else (torch.float32, torch.float16),
+        "softcap": (0.0, 4.0),
+        "has_sink": (False, True),
+        "head_dim": (64, 128, 256, 96) if on_gpu else (64, 128, 256, 96, 40),
     }
-    rows: list[dict[str, Any]] = []
-
-    def gain(row: Mapping[str, Any]) -> int:
-        return sum(pair in missing for pair in pairs(row))
-
-    def add(row: dict[str, Any]) -> None:
-        for bit, name in enumerate(name for name in names if name not in row):
-            # Where no value gains a pair: switches as the bits of the row's number, of sizes the cheapest.
-            values = list(dimensions[name])
-            start = len(rows) >> bit & 1 if len(values) == 2 else 0
-            row[name] = max(values[start:] + values[:start], key=lambda x: gain({**row, name: x}))  # noqa: B023
-        for pair in pairs(row):
-            missing.pop(pair, None)
-        rows.append(row)
-
-    for combination in itertools.product(*(dimensions[name] for name in full)):
-        add(dict(zip(full, combination, strict=True)))
-    while missing:
-        add(dict(next(iter(missing))))
-    return rows
-
-
-# On the GPU every case compiles kernels, so only masks x page sizes are complete there.
-FULL = {"cpu": ("mask", "page_size", "batch"), "cuda": ("mask", "page_size")}
-CASES: dict[str, list[Case]] = {
-    device: [Case(**row) for row in covering(DIMENSIONS[device], FULL[device])] for device in DIMENSIONS
-}
-# And what is run most, everywhere: kernels choose their path by page size and batch.
-CASES["cuda"] += [
-    case
-    for page_size, batch in itertools.product(DIMENSIONS["cuda"]["page_size"], LENS["cuda"])
-    if (case := Case(Causal(), page_size, batch, 0.0, False, 128, (8, 2), torch.bfloat16))
-    not in CASES["cuda"]
-]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,48 +16,61 @@ from fa_research.errors import ConfigError
 from fa_research.masks import Chunked
 from fa_research.spec import AttentionSpec
 from tests.engine.lab import FA2, FA3, INTERPRETED, TRITON, TRITON_EAGER, Lab, Place, Session, places
-from tests.helpers import Scene, make_spec
-from tests.semantics.cases import CASES, DIMENSIONS, LENS, Case
+from tests.helpers import DEVICES, Scene, make_spec
+from tests.semantics.cases import LENS, Case
+from tests.semantics.coverage import coverage, marked
+from tests.summary import Record
 
-GATHERED = {"options": {OPTION: True}}
+GATHERED = ((OPTION, True),)
 NAMES = [name for name in backends.names() if OPTION in backends._registry()[name].option_names]
 
 
-def some(device: str) -> list[Case]:
+def some(name: str, device: str) -> list[Case]:
     """Every mask on every batch once, page sizes in turns."""
-    sizes, found = DIMENSIONS[device]["page_size"], []
-    for n, (mask, batch) in enumerate(itertools.product(DIMENSIONS[device]["mask"], LENS[device])):
-        own = [case for case in CASES[device] if (case.mask, case.batch) == (mask, batch)]
-        found.append(min(own, key=lambda case: abs(case.page_size - sizes[n % len(sizes)])))  # noqa: B023
+    cases = coverage(name, device, GATHERED).cases
+    sizes, found = sorted({case.page_size for case in cases}), []
+    for mask, batch in dict.fromkeys((case.mask, case.batch) for case in cases):
+        own = [case for case in cases if (case.mask, case.batch) == (mask, batch)]
+        size = sizes[len(found) % len(sizes)]
+        found.append(min(own, key=lambda case: abs(case.page_size - size)))  # noqa: B023
     return found
 
 
-SOME = [
-    pytest.param(device, case, id=f"{device}-{case}", marks=pytest.mark.gpu if device == "cuda" else ())
-    for device in CASES
-    for case in some(device)
-]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = {device: [(name, case) for name in NAMES for case in some(name, device)] for device in LENS}
+        metafunc.parametrize(("name", "device", "case"), marked(cases))
+    elif "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", NAMES)
+        metafunc.parametrize("device", DEVICES)
 
 
 def test_backends_that_can() -> None:
     assert {"fa2", "fa3", "triton"} <= set(NAMES)
-    assert len({case.page_size for case in some("cpu")}) >= 3
+    cases = some("triton", "cpu")
+    assert len({(case.mask, case.batch) for case in cases}) == len(cases) == 16
+    assert len({case.page_size for case in cases}) >= 3
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("device", "case"), SOME)
-def test_matches_the_definition(name: str, device: str, case: Case) -> None:
+def test_matches_the_definition(name: str, device: str, case: Case, record_property: Record) -> None:
+    record_property("case", coverage(name, device, GATHERED).title)
     scene = case.scene(device)
-    scene.check(scene.backend(name, **GATHERED), lse=bool(case.softcap) != case.has_sink)
+    scene.check(scene.backend(name, options=dict(GATHERED)), lse=bool(case.softcap) != case.has_sink)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_covered(name: str, device: str, record_property: Record) -> None:
+    found = coverage(name, device, GATHERED)
+    record_property("coverage", [found.title, len(some(name, device)), str(found)])
+    assert found.unavailable or found.cases
+
+
 def test_padded_entries_are_nobodys(name: str, device: str) -> None:
     """Their keys are what lies in the sink page: NaN here, and beside the last request's in the buffer."""
     dtype = torch.float32 if name == "triton" and device == "cpu" else torch.bfloat16
+    if coverage(name, device, GATHERED).unavailable:
+        return  # the summary says so
     scene = Scene(make_spec(), ((0, 1), (40, 1), (17, 1)), 16, dtype, device, decode=True)
-    backend = scene.backend(name, **GATHERED)
+    backend = scene.backend(name, options=dict(GATHERED))
     state = backend.init_cuda_graph_state(6, scene.cache.req_to_token.max_context_len)
     for which, padding in (([2, 1, 0], 2), ([1], 0), ([0, 2], 3)):
         scene.check_outputs(scene.run(backend, which, padding=padding, static=state), which)
@@ -66,7 +78,7 @@ def test_padded_entries_are_nobodys(name: str, device: str) -> None:
 
 def make(place: Place) -> Any:
     def backend(settings: BackendSettings, specs: Sequence[AttentionSpec]) -> AttentionBackend:
-        return backends.create(place.backend, dataclasses.replace(settings, **GATHERED), specs)  # type: ignore[arg-type]
+        return backends.create(place.backend, dataclasses.replace(settings, options=dict(GATHERED)), specs)
 
     return backend
 

@@ -1,21 +1,21 @@
 """Every backend, on every mask, page size and ragged batch, against the definition in float64.
 
-A backend is tested here because it exists: nothing below names one. What a backend cannot do is skipped with its own
-reasons.
+A backend is tested here because it exists: nothing below names one. It is tested on what it supports; the summary at
+the end of the run says what that leaves out, and why (`tests/summary.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
-import torch
 
-from fa_research import backends
+from fa_research import backends, masks
 from fa_research.batch import ForwardMode
 from tests.helpers import DEVICES
-from tests.semantics.cases import CASES, DIMENSIONS, Case
+from tests.semantics.cases import Case, dimensions
+from tests.semantics.coverage import coverage, parameters
+from tests.summary import Record
 
 MODES = {
     "extend": ForwardMode.EXTEND,
@@ -23,23 +23,19 @@ MODES = {
     "mixed": ForwardMode.MIXED,
     "decode": ForwardMode.DECODE,
 }
-ON_DEVICE = [
-    pytest.param(device, case, id=f"{device}-{case}", marks=pytest.mark.gpu if device == "cuda" else ())
-    for device, cases in CASES.items()
-    for case in cases
-]
 
 
-def reasons_against(name: str, device: str, case: Case) -> tuple[str, ...]:
-    settings = backends.BackendSettings(
-        torch.device(device), case.dtype, case.page_size, max_context_len=16384
-    )
-    return backends.reasons_against(name, settings, [case.spec])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = backends.names()
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize(("name", "device", "case"), parameters(names))
+    elif "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", names)
+        metafunc.parametrize("device", DEVICES)
 
 
-@pytest.mark.parametrize("name", backends.names())
-@pytest.mark.parametrize(("device", "case"), ON_DEVICE)
-def test_matches_the_definition(name: str, device: str, case: Case) -> None:
+def test_matches_the_definition(name: str, device: str, case: Case, record_property: Record) -> None:
+    record_property("case", f"{name} on {device}")
     scene = case.scene(device)
     backend = scene.backend(name)
     assert scene.batch().mode is MODES[case.batch]
@@ -47,27 +43,31 @@ def test_matches_the_definition(name: str, device: str, case: Case) -> None:
     scene.check(backend, lse=lse)
 
 
+def test_what_is_covered(name: str, device: str, record_property: Record) -> None:
+    """A lowering that refused everything would have no case, and nothing to fail. A backend of this package serves
+    every mask that its kernel can say: bands, and any mask if it evaluates predicates."""
+    found = coverage(name, device)
+    record_property("coverage", [found.title, len(found.cases), str(found)])
+    if found.capabilities is None:
+        return
+    assert found.cases, f"{name} runs here, but supports none of what is tested: {found}"
+    if not backends._registry()[name].__module__.startswith("fa_research."):
+        return
+    any_mask = "predicate" in found.capabilities.mask_features
+    for mask in dimensions(device)["mask"]:
+        own = type(mask).__module__.startswith(f"{masks.__name__}.")
+        if own and (any_mask or mask.band() is not None):
+            assert any(case.mask == mask for case in found.cases), f"{name} refuses mask {mask.name}: {found}"
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", backends.names())
-def test_a_backend_that_is_available_runs_some_cases(name: str, device: str) -> None:
-    """A lowering that refused everything would pass by skipping."""
-    settings = backends.BackendSettings(torch.device(device), torch.float16, 16, 16384)
-    unavailable = backends.reasons_against(name, settings, [])
-    if unavailable:
-        pytest.skip(f"{name}: {'; '.join(unavailable)}")
-    ran = [case for case in CASES[device] if not reasons_against(name, device, case)]
-    for mask in DIMENSIONS[device]["mask"]:
-        assert sum(case.mask == mask for case in ran) >= 2, f"{name} refuses mask {mask.name}"
-    for batch in DIMENSIONS[device]["batch"]:
-        assert sum(case.batch == batch for case in ran) >= 2, f"{name} has no case for batch {batch}"
-    if name in ("torch", "triton"):
-        assert len(ran) == len(CASES[device])
-
-
-@pytest.mark.parametrize("device", list(CASES))
-def test_each_pair_of_values_is_among_the_cases(device: str) -> None:
-    dimensions: dict[str, Any] = DIMENSIONS[device]
-    rows = [{name: getattr(case, name) for name in dimensions} for case in CASES[device]]
-    for a, b in itertools.combinations(dimensions, 2):
-        have = {(row[a], row[b]) for row in rows}
-        assert have == set(itertools.product(dimensions[a], dimensions[b])), (a, b)
+@pytest.mark.parametrize("complete", ["torch", "triton"])
+def test_backends_that_refuse_nothing(complete: str, device: str) -> None:
+    """torch, and triton of what is a band."""
+    found, values = coverage(complete, device), dimensions(device)
+    assert not found.unavailable, found
+    if complete == "triton":
+        values["mask"] = [mask for mask in values["mask"] if mask.band() is not None]
+    for a, b in itertools.combinations(values, 2):
+        have = {(getattr(case, a), getattr(case, b)) for case in found.cases}
+        assert have == set(itertools.product(values[a], values[b])), (a, b)

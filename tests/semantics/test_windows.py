@@ -7,12 +7,21 @@ tokens and a long context are needed to see a tile that was left out: vLLM's FA3
 
 from __future__ import annotations
 
+import itertools
+from functools import cache
+
 import pytest
 import torch
 
 from fa_research import backends
+from fa_research.backends import BackendSettings
 from fa_research.masks import SlidingWindow
+from fa_research.spec import AttentionSpec
 from tests.helpers import DEVICES, Scene, make_spec
+from tests.semantics.coverage import coverage, marked, runnable
+from tests.summary import Record
+
+Shape = tuple[int, tuple[int, int]]  # head dim, (query heads, KV heads)
 
 # Keys. Key tiles of the kernels are 32, 64, 80, 96, 128, 144 or 176 keys; those after the first line lie beyond two.
 WINDOWS = {
@@ -26,12 +35,6 @@ FEW = (100, 128, 255, 300, 2047)  # for backends that compile for each window
 COMPILES_EACH = {"flex", "jax"}
 HEADS = {"cpu": ((4, 2),), "cuda": ((4, 4), (4, 2), (8, 2), (6, 2), (16, 2))}
 HEAD_DIMS = {"cpu": (64,), "cuda": (64, 96, 128, 256)}
-CASES = [
-    pytest.param(device, head_dim, heads, id=f"{device}-d{head_dim}-h{heads[0]}:{heads[1]}", marks=marks)
-    for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
-    for head_dim in HEAD_DIMS[device]
-    for heads in HEADS[device]
-]
 
 
 def lens(window: int, device: str) -> tuple[tuple[int, int], ...]:
@@ -44,38 +47,92 @@ def lens(window: int, device: str) -> tuple[tuple[int, int], ...]:
     return tuple((max(window + offset, 0), n) for offset, n in zip(offsets, new, strict=True))
 
 
-def wrong(name: str, device: str, head_dim: int, heads: tuple[int, int]) -> tuple[list[int], list[str]]:
-    """Windows with outputs outside the tolerance of the definition in float64, and those that were refused."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    windows = FEW if device == "cuda" and name in COMPILES_EACH else WINDOWS[device]
-    failed, refused = [], []
-    for window in windows:
-        scene = Scene(
-            make_spec(heads, head_dim, SlidingWindow(window)), lens(window, device), 16, dtype, device
-        )
-        if backends.reasons_against(name, scene.settings(), scene.specs):
-            refused.append(f"{window}")
+def windows(name: str, device: str) -> tuple[int, ...]:
+    return FEW if device == "cuda" and name in COMPILES_EACH else WINDOWS[device]
+
+
+def sizes(name: str, device: str) -> tuple[int, torch.dtype]:
+    """Page size and dtype: the usual ones if the backend takes them, else its own."""
+    cases, usual = coverage(name, device).cases, torch.float32 if device == "cpu" else torch.bfloat16
+    case = min(cases, key=lambda case: (case.dtype is not usual, case.page_size != 16))
+    return case.page_size, case.dtype
+
+
+def spec(shape: Shape, window: int) -> AttentionSpec:
+    head_dim, heads = shape
+    return make_spec(heads, head_dim, SlidingWindow(window))
+
+
+@cache
+def refused(name: str, device: str) -> dict[Shape, dict[int, tuple[str, ...]]]:
+    """For each head dim and number of heads, the windows that the backend refuses, and why."""
+    if not (cases := coverage(name, device).cases):
+        return {}
+    page_size, dtype = sizes(name, device)
+    backend = backends.create(name, BackendSettings(torch.device(device), dtype, page_size, 16384), ())
+    own = {case.head_dim for case in cases}
+    return {
+        shape: {
+            window: reasons
+            for window in windows(name, device)
+            if (reasons := backend.lower(spec(shape, window)).reasons)
+        }
+        for shape in itertools.product(own.intersection(HEAD_DIMS[device]) or own, HEADS[device])
+    }
+
+
+def shapes(name: str, device: str) -> list[Shape]:
+    """Those of which the backend takes some window."""
+    every = len(windows(name, device))
+    return [shape for shape, against in sorted(refused(name, device).items()) if len(against) < every]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = {device: runnable(backends.names(), device) for device in WINDOWS}
+    if "shape" in metafunc.fixturenames:
+        found = {d: [(name, shape) for name in names[d] for shape in shapes(name, d)] for d in names}
+        metafunc.parametrize(("name", "device", "shape"), marked(found))
+    elif "one_shape" in metafunc.fixturenames:
+        found = {d: [(name, shape) for name in names[d] for shape in shapes(name, d)[:1]] for d in names}
+        metafunc.parametrize(("name", "device", "one_shape"), marked(found))
+    else:
+        metafunc.parametrize("name", backends.names())
+        metafunc.parametrize("device", DEVICES)
+
+
+def test_no_window_is_wrong(name: str, device: str, shape: Shape, record_property: Record) -> None:
+    """Every window that is not refused, against the definition in float64."""
+    record_property("case", f"windows, {name} on {device}")
+    page_size, dtype = sizes(name, device)
+    failed = []
+    for window in windows(name, device):
+        if window in refused(name, device)[shape]:
             continue
+        scene = Scene(spec(shape, window), lens(window, device), page_size, dtype, device)
         try:
             scene.check(scene.backend(name), lse=False)
         except AssertionError:
             failed.append(window)
-    if len(refused) == len(windows):
-        pytest.skip(f"{name} runs none of these windows here")
-    return failed, refused
+    assert not failed, f"wrong: {failed}; refused: {list(refused(name, device)[shape])}"
 
 
-@pytest.mark.parametrize("name", backends.names())
-@pytest.mark.parametrize(("device", "head_dim", "heads"), CASES)
-def test_no_window_is_wrong(name: str, device: str, head_dim: int, heads: tuple[int, int]) -> None:
-    failed, refused = wrong(name, device, head_dim, heads)
-    assert not failed, f"wrong: {failed}; refused: {refused}"
+def test_what_is_covered(name: str, device: str, record_property: Record) -> None:
+    found = coverage(name, device)
+    if found.unavailable:
+        record_property("coverage", [found.title, 0, str(found)])
+        return
+    against = refused(name, device)
+    count = sum(len(windows(name, device)) - len(each) for each in against.values())
+    reasons = dict.fromkeys(reason for each in against.values() for why in each.values() for reason in why)
+    said = f"{count} of {len(against) * len(windows(name, device))} windows"
+    said += f"; refused: {'; '.join(reasons)}" if reasons else ""
+    record_property("coverage", [f"windows, {found.title}", len(shapes(name, device)), said])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", backends.names())
-def test_full_attention_over_a_window_that_is_longer_than_the_context(name: str, device: str) -> None:
+def test_full_attention_over_a_window_that_is_longer_than_the_context(
+    name: str, device: str, one_shape: Shape
+) -> None:
     """A window that nothing is outside of is no reason to refuse or to err."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    scene = Scene(make_spec((4, 2), 64, SlidingWindow(4096)), ((40, 30), (0, 7), (63, 1)), 16, dtype, device)
+    lens = ((40, 30), (0, 7), (63, 1))
+    scene = Scene(spec(one_shape, 4096), lens, *sizes(name, device), device)
     scene.check(scene.backend(name), lse=False)
