@@ -153,7 +153,7 @@ class TraceWorkload(WorkloadConfig):
     )
     concurrency: int = 64  # the most requests that are decoded together
     prefix_sharing: bool = True  # equal leading blocks of prompts are stored once
-    retained_fraction: float = 0.25  # of the pool, for prompts of finished requests
+    retained_fraction: float = 0.25  # of the pool, for pages of finished requests that no live one holds
     chunk_size: int = 512  # the most new tokens of the timed extend pass
     steps: int = 16
 

@@ -77,8 +77,11 @@ class TokenIds:
 @dataclass(slots=True)
 class Replay:
     """One replay. `live` are the requests that generate. With `prefix_sharing` the cache gets a `PrefixCache`: prompts
-    enter it when they are admitted, whole requests when they finish, and at most `retained_pages` pages stay there that
-    no live request holds. Requests of which the trace knows no whole block do not enter it: nothing could match."""
+    enter it when they are admitted, whole requests when they finish, as in SGLang. Both are a use, which decides what
+    is evicted first. Answers take room there and are never found, because the trace does not tell their tokens. At most
+    `retained_pages` pages stay that no live request holds; what live requests hold does not count. SGLang has no such
+    limit: it evicts where pages are needed. Requests of which the trace knows no whole block do not enter: nothing
+    could match."""
 
     cache: PagedKVCache
     concurrency: int

@@ -8,7 +8,11 @@ from fa_research.workloads.replay import ReplayCounts
 
 
 def replay_columns(counts: ReplayCounts, page_size: int) -> dict[str, Any]:
-    """Capacity (requests, tokens), waste (share of used slots without a token) and prefixes (tokens of prompts)."""
+    """Capacity (requests, tokens), waste (share of used slots without a token) and prefixes (tokens of prompts).
+
+    Capacity counts live requests alone. They have the pool without what is retained, which is up to
+    `workload.retained_fraction` of it once requests have finished.
+    """
     prompts = counts.prompt_tokens
     return {
         "trace_steps": counts.steps,
