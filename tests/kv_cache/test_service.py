@@ -17,6 +17,7 @@ from tests.kv_cache.states import cache_state
 
 LIMIT = 70  # tokens of a request; no multiple of the page sizes below but 1
 ROWS = 4
+OFFSETS = st.sampled_from([0, 0, 0, -1, 1])
 SALTS = st.sampled_from([None, "adapter"])
 Text = tuple[int, ...]
 Prefix = tuple[str | None, Text]  # a salt and tokens
@@ -46,9 +47,11 @@ class Service(RuleBasedStateMachine):
 
     # Requests come and grow.
 
-    @rule(data=st.data(), salt=SALTS)
-    def open(self, data: st.DataObject, salt: str | None) -> None:
-        """With the known beginning of a prompt, which may be another request's text, or shorter than a page."""
+    @rule(data=st.data(), salt=SALTS, computed=st.booleans(), closed=st.booleans())
+    def open(self, data: st.DataObject, salt: str | None, computed: bool, closed: bool) -> None:
+        """With the known beginning of a prompt, which may be another request's text, or shorter than a page.
+        `computed`: the rest of the prompt follows, and enters the tree, where its end may lie inside another run.
+        `closed`: the request ends with that, so that rows are free for more prompts."""
         prompt = self._some_text(data, "prompt")
         before = cache_state(self.cache)
         assert self.cache.prefix_cache is not None
@@ -66,8 +69,28 @@ class Service(RuleBasedStateMachine):
             assert cache_state(self.cache) == before
             return
         request = self.cache.open(prefix)
-        self.texts[request] = list(prompt[: len(prefix) * self.size])
-        self.salts[request] = salt
+        known = len(prefix) * self.size
+        self.texts[request], self.salts[request] = list(prompt[:known]), salt
+        if not computed:
+            return
+        rest = prompt[known:]
+        if not rest or self._admits(
+            [request], [len(prompt)], lambda: self.cache.extend([request], [len(rest)])
+        ):
+            self._write(request, list(rest))
+            self.cache.insert(request, prompt, salt)
+            self._note_insert(request, len(prompt))
+        if closed:
+            self.cache.close(request)
+            del self.texts[request], self.salts[request]
+
+    @rule(data=st.data(), salt=SALTS, count=st.integers(2, 5))
+    def serve(self, data: st.DataObject, salt: str | None, count: int) -> None:
+        """Prompts one after another: the tree branches inside runs, and is asked for the branches."""
+        for _ in range(count):
+            if len(self.texts) == ROWS:
+                self.close(data, donate=True)
+            self.open(data, salt, computed=True, closed=True)
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
@@ -223,12 +246,12 @@ class Service(RuleBasedStateMachine):
         return data.draw(st.sampled_from(list(self.texts)))
 
     def _some_text(self, data: st.DataObject, label: str) -> Text:
-        """A text that the cache may know, cut anywhere, and a few tokens more."""
-        known = [tuple(text) for text in self.texts.values()] + [text for _, text in self.tree]
+        """A text that the cache may know, cut near a page's border, and some tokens more. Of two tokens, so that texts
+        begin alike and part anywhere."""
+        known = sorted({tuple(text) for text in self.texts.values()} | {text for _, text in self.tree})
         text = data.draw(st.sampled_from(known), label) if known else ()
-        return text[: data.draw(st.integers(0, LIMIT))] + (data.draw(st.integers(0, 1)),) * data.draw(
-            st.integers(0, 20)
-        )
+        near = st.builds(lambda pages, off: max(0, pages * self.size + off), st.integers(0, 4), OFFSETS)
+        return (text[: data.draw(near)] + (data.draw(st.integers(0, 1)),) * data.draw(near))[:LIMIT]
 
     def _owners(self) -> Counter[int]:
         held = Counter(page for request in self.texts for page in request.pages)
@@ -295,4 +318,4 @@ class Service(RuleBasedStateMachine):
 
 
 TestService = Service.TestCase
-TestService.settings = examples(120, stateful_step_count=40)
+TestService.settings = examples(120, stateful_step_count=30)
