@@ -183,6 +183,7 @@ def test_padding_brings_no_nan(name: str, device: str, page_size: int, static: b
 
 @NAMES
 @pytest.mark.gpu
+@pytest.mark.quiet  # each pool takes 17 GB
 @pytest.mark.parametrize("page_size", [16, 256])
 @pytest.mark.parametrize("decode", [False, True], ids=["extend", "decode"])
 def test_only_the_top_pages_of_a_pool_beyond_int32(name: str, page_size: int, decode: bool) -> None:

@@ -17,7 +17,8 @@ def free_bytes(device: torch.device) -> int:
         return free_host_bytes()
     torch.cuda.empty_cache()  # what torch kept of the sweep's last cell is free, but the driver does not know it
     free, total = torch.cuda.mem_get_info(device)
-    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    fraction = torch.cuda.get_per_process_memory_fraction(index)
     if fraction < 1:
         free = max(0, min(free, int(total * fraction) - torch.cuda.memory_reserved(device)))
     return free

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fa_research.config import DecodeWorkload, KVConfig, to_plain
+from fa_research.errors import DoesNotFit
 from fa_research.measure import cell as cell_module
 from fa_research.measure.roofline import Roof
 from fa_research.models import attention_specs
@@ -26,13 +27,18 @@ def test_a_cell_that_beats_the_roof_is_suspect(tmp_path: Path, monkeypatch: pyte
     assert "which cannot be" in row.reasons[0]
 
 
-def test_memory_that_ran_out_is_told_apart(tmp_path: Path) -> None:
-    """An enormous batch: the pool alone is larger than any GPU; afterwards a small cell runs."""
+def test_memory_that_ran_out_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An enormous batch: the pool alone is larger than any GPU. It is refused before anything is built; what passes that
+    check and does not fit all the same is told apart too, and afterwards a small cell runs."""
     options = DecodeWorkload(batch_size=60_000, context_len=4000, steps=1)
     config = cell(options, device="cuda", backend="triton", model=model_config(max_context_len=4096))
     config.kv = KVConfig(256, churn=False)
     config.debug.check_invariants = False
     assert len(attention_specs(config.model)) == 2
+    with pytest.raises(DoesNotFit) as refused:
+        run_cell(config, resolved=to_plain(config), output_dir=tmp_path / "refused", multirun=True)
+    assert failed_row(refused.value).status is Status.oom
+    monkeypatch.setattr("fa_research.runner.check_fits", lambda *args: None)
     with pytest.raises(torch.OutOfMemoryError) as failure:
         run_cell(config, resolved=to_plain(config), output_dir=tmp_path, multirun=True)
     assert failed_row(failure.value).status is Status.oom
