@@ -22,12 +22,15 @@ from fa_research.measure.where import Name, where_off
 from fa_research.spec import AttentionSpec
 from fa_research.workloads.base import Case, Pass, pick
 
+# How far float32 keys and values of two correct computations are apart at most, in units of float32's epsilon times the
+# largest value of their head.
+_APART = 16
 _MAX_QUERIES = 256  # rows of one request that the check of a long extend pass compares
 
 
 class OracleAttention:
     """`Attend` for one request, computed in `dtype`: its first `prefix_len` keys come from the cache, the
-    rest are the new tokens' own. Nothing is written."""
+    rest are the new tokens' own. Nothing is written. `kv_dtype` and `shift`: as `as_cached` takes them."""
 
     def __init__(
         self,
@@ -37,14 +40,10 @@ class OracleAttention:
         num_tokens: int,
         dtype: torch.dtype,
         kv_dtype: torch.dtype | None = None,
+        shift: float = 0.0,
     ) -> None:
-        self._specs, self._kv, self._slots_N, self._dtype, self._kv_dtype = (
-            specs,
-            kv,
-            slots_N,
-            dtype,
-            kv_dtype,
-        )
+        self._specs, self._kv, self._slots_N, self._dtype = specs, kv, slots_N, dtype
+        self._kv_dtype, self._shift = kv_dtype, shift
         prefix_len = slots_N.shape[0]
         self._positions_T = torch.arange(prefix_len, prefix_len + num_tokens, device=slots_N.device)
 
@@ -63,7 +62,7 @@ class OracleAttention:
             own = torch.arange(k_TKD.shape[0], device=k_TKD.device)
             ops.rope_write_kv(q_THD, k_TKD, v_TKV, rope, self._positions_T, rotated, values, own)
             k_TKD = rotated
-        k_TKD, v_TKV = (as_cached(x, self._kv_dtype) for x in (k_TKD, v_TKV))
+        k_TKD, v_TKV = (as_cached(x, self._kv_dtype, self._shift) for x in (k_TKD, v_TKV))
         k = torch.cat([self._kv.k(layer_id)[self._slots_N].to(k_TKD.dtype), k_TKD])
         v = torch.cat([self._kv.v(layer_id)[self._slots_N].to(v_TKV.dtype), v_TKV])
         spec = self._specs[layer_id]
@@ -77,9 +76,13 @@ def own_kv_dtype(engine: Engine) -> torch.dtype | None:
     return engine.kv_dtype if engine.kv_dtype != engine.dtype else None
 
 
-def as_cached(x: Tensor, kv_dtype: torch.dtype | None) -> Tensor:
-    """`x` as it would come back from a cache of that dtype."""
-    return x if kv_dtype is None else x.to(kv_dtype).to(x.dtype)
+def as_cached(x: Tensor, kv_dtype: torch.dtype | None, shift: float = 0.0) -> Tensor:
+    """`x` [T, K, D] as it would come back from a cache of that dtype, if every value were larger by `shift` times the
+    largest of its head. A small shift changes only values that lie near the middle between two of the cache's."""
+    if kv_dtype is None:
+        return x
+    moved = x.double() + shift * x.abs().amax(-1, keepdim=True) if shift else x
+    return moved.to(kv_dtype).to(x.dtype)
 
 
 @contextmanager
@@ -116,17 +119,35 @@ def weights_as(dtype: torch.dtype, model: nn.Module, layers: nn.ModuleList) -> I
             handle.remove()
 
 
-def case_logits(engine: Engine, case: Case, dtype: torch.dtype) -> Tensor:
+def case_logits(engine: Engine, case: Case, dtype: torch.dtype, shift: float = 0.0) -> Tensor:
     """Logits [M, X] of the case, with attention computed in `dtype` over the cache as it is, and the model's
-    weights in whatever precision they are now."""
+    weights in whatever precision they are now. `shift`: of keys and values before they are rounded (`as_cached`)."""
     table, device = engine.runner.req_to_token_RW, engine.device
     slots_N = table[case.row, : case.prefix_len].long()
     tokens_T = case.tokens_T.to(device)
     kv = engine.cache.kv
-    attend = OracleAttention(engine.specs, kv, slots_N, len(tokens_T), dtype, own_kv_dtype(engine))
+    attend = OracleAttention(engine.specs, kv, slots_N, len(tokens_T), dtype, own_kv_dtype(engine), shift)
     logits = engine.runner.model.compute_logits(engine.runner.model(tokens_T, attend, case.at_M.to(device)))
     assert logits is not None
     return logits
+
+
+def _shifts(engine: Engine) -> tuple[float, ...]:
+    """Of the keys and values of each baseline. In float32 with a cache of fewer bits, a value near the middle between
+    two of the cache's is rounded up by one correct computation and down by another, and the difference is thousands of
+    times float32's own errors. Few values are so near, and in one baseline there may be none: so two more baselines
+    round all of them up, and all of them down. In 16 bit the errors of the computation itself are as large."""
+    if own_kv_dtype(engine) is None or engine.dtype != torch.float32:
+        return (0.0,)
+    apart = _APART * torch.finfo(torch.float32).eps
+    return (0.0, apart, -apart)
+
+
+def _furthest(baselines: Sequence[Tensor], reference: Tensor) -> Tensor:
+    """Each value from the baseline that is furthest from the reference there; NaN is furthest of all."""
+    stacked = torch.stack(tuple(baselines))
+    far = (stacked.double() - reference.double()).abs().nan_to_num(nan=float("inf")).argmax(0, keepdim=True)
+    return stacked.gather(0, far)[0]
 
 
 class Oracle:
@@ -140,9 +161,11 @@ class Oracle:
         self._cases = cases
         experts, wide = engine.config.model.moe.num_experts, engine.dtype in (torch.float32, torch.float64)
         self._judge = judge_median_row if experts and not wide else judge
-        self._baselines = [case_logits(engine, case, engine.dtype) for case in cases]
+        shifts = _shifts(engine)
+        baselines = [[case_logits(engine, case, engine.dtype, shift) for shift in shifts] for case in cases]
         with weights_as(torch.float64, model, model.layers):
             self._references = [case_logits(engine, case, torch.float64) for case in cases]
+        self._baselines = list(map(_furthest, baselines, self._references))
 
     def judge(self, results: Sequence[Tensor]) -> Verdict:
         """The verdict on one result [M, X] for each case: of all logits, or, for a mixture of experts in 16 bit, of the

@@ -35,9 +35,12 @@ def test_the_oracle_agrees(dtype: Dtype, workload: str, level: Level) -> None:
 
 
 @pytest.mark.parametrize("mistake", [FirstTableForAll, DropsLastKey])
-def test_the_oracle_still_sees_a_wrong_backend(mistake: type[Right], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("level", Level)
+def test_the_oracle_still_sees_a_wrong_backend(
+    mistake: type[Right], level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(monkeypatch, mistake)
-    unit, engine = prepared(with_kv(Dtype.bfloat16, "decode", Level.attention))
+    unit, engine = prepared(with_kv(Dtype.bfloat16, "decode", level))
     passed, _ = check(engine, unit)
     assert not passed
 
