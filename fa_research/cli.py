@@ -22,14 +22,14 @@ from fa_research import fingerprint
 from fa_research.config import Config, read_config, to_plain, validate
 from fa_research.config.against import read_against
 from fa_research.config.explain import explain
-from fa_research.config.free_text import escape, for_shell, options_first, quote_free_text
+from fa_research.config.free_text import escape, for_shell, not_utf8, options_first, quote_free_text
 from fa_research.config.no_effect import given_keys
 from fa_research.config.preset_texts import number_for_text
 from fa_research.config.store import GROUPS, choices, register
 from fa_research.config.validate import study_problem
 from fa_research.errors import BackendFault, DoesNotFit, FaResearchError
 from fa_research.isolation.watcher import watched
-from fa_research.streams import complain, drop, replace_what_cannot_be_shown
+from fa_research.streams import complain, drop, replace_what_cannot_be_shown, use_utf8
 from fa_research.sweep import (
     gather,
     outcome,
@@ -79,7 +79,10 @@ _sweep_dir: str | None = None  # of the sweep that is under way
 def launch(main: Callable[[], Any]) -> None:
     """Run a function that `hydra.main` made; errors of composition become one line and exit code 2."""
     global _wants_traceback
+    use_utf8()
     replace_what_cannot_be_shown()
+    if problem := not_utf8(sys.argv[1:]):
+        _exit_with(problem)
     # Hydra's own help takes a second longer: it scans all groups, its own too
     if {"-h", "--help"} & set(sys.argv[1:]):
         groups = "\n".join(f"  {name:<11} {', '.join(choices(name))}" for name in GROUPS)

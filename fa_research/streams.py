@@ -1,11 +1,22 @@
-"""stdout and stderr that cannot be written to: closed by who started this process, or on a disk that is full."""
+"""What this process was started with: streams that cannot be written to, and a locale that knows ASCII alone."""
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
 from typing import TextIO
+
+
+def use_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode where the locale knows ASCII alone, so that arguments, names of
+    files and what is in them may hold any text. The screen stays ASCII. Returns in every other locale."""
+    if sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
+        return
+    os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts, too
+    os.environ["PYTHONIOENCODING"] = os.environ.get("PYTHONIOENCODING") or "ascii:replace"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def open_closed_streams() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fa_research.tracking import ROWS_FILE, Row, RowWriter, Status, read_rows
-from tests.test_cli import ROOT, SMALL
+from tests.test_cli import ROOT, SMALL, run_py
 
 # Refused by the config's check, so that no worker starts.
 REFUSED = ["-m", *SMALL, "hydra.sweep.dir=sweep", "kv.page_size=300,301", "sweep.report=true"]
@@ -122,3 +122,13 @@ def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
     first, second = done.stdout.splitlines()[:2]
     sizes = ["backend=torch", "batch_size=2", "context_len=32", "of memory", "results go to"]
     assert all(part in first for part in sizes) and second == "torch is imported", done.stdout
+
+
+def test_an_ascii_locale_keeps_names_log_and_exit_code(tmp_path: Path) -> None:
+    args = [*SMALL, "device=cpu", "study=\u00fc", "hydra.run.dir=\u00f6/${study}"]
+    done = run_py(*args, cwd=tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "\u00f6" / "\u00fc"
+    assert [row.status for row in read_rows(folder / ROWS_FILE)] == [Status.ok]
+    assert "\u00fc" in (folder / "fa_research.log").read_text(encoding="utf-8")
+    assert done.stdout.isascii()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hydra.core.override_parser.types import QuotedString
 from omegaconf import OmegaConf
 
 from fa_research.config import Config, TextWorkload, config_hash, to_plain
-from fa_research.config.free_text import escape, for_shell, quote_free_text
+from fa_research.config.free_text import escape, for_shell, not_utf8, quote_free_text
 from fa_research.config.preset_texts import number_for_text
 
 TEXTS = (
@@ -61,7 +62,7 @@ def test_tags_that_look_like_numbers_stay_as_they_are_typed() -> None:
 def test_what_is_no_text_is_left_alone() -> None:
     assert read("tracking.entity=null") == [None]
     assert read("seed=1_0") == [10]
-    for argument in ("study=range(1,3)", "study=${now:%Y}", "study=", "study=a=b"):
+    for argument in ("study=range(1,3)", "study=${now:%Y}", "study="):
         assert quote_free_text([argument]) == [argument]
 
 
@@ -203,3 +204,18 @@ def test_a_path_is_what_was_typed(key: str, path: str) -> None:
 def test_a_path_keeps_quotes_null_and_interpolations() -> None:
     typed = ["model.path=null", "model.path='a b'", "hydra.run.dir=outputs/${study}", "model.path=pkg://a/b"]
     assert quote_free_text(typed) == typed
+
+
+@pytest.mark.parametrize("key", ["model.path", "+workload.path", "study"])
+@pytest.mark.parametrize("path", [path for path in ODD_PATHS if "," not in path and path not in ("???",)])
+def test_a_sweep_over_odd_paths(key: str, path: str) -> None:
+    assert read(f"{key}={path}") == [path]
+    assert read(f"{key}={path}, plain ,'x, y'") == [path, "plain", "x, y"]
+
+
+def test_bytes_that_are_no_utf8_are_told() -> None:
+    path = os.fsdecode(b"model.path=/d/\xff")
+    assert not_utf8(["seed=1", path]) == (
+        "model.path=/d/\\xff: is no UTF-8, which rows and files are in; give it in UTF-8, or another name"
+    )
+    assert not_utf8(["model.path=\u00fc", os.fsdecode(b"workload.prompt=\xff")]) is None

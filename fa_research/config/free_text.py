@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -31,6 +32,9 @@ OVERRIDES = ("measure.against",)  # lists of overrides, as in [backend=triton]: 
 _SWEEPS = {"-m", "--multirun"}
 _IN_QUOTES = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)  # as a whole, unlike 'a' + 'b'
 _TOKENS = re.compile(rf"{_IN_QUOTES.pattern}|.", re.DOTALL)
+_VALUES = re.compile(
+    rf",\s*(?:{_IN_QUOTES.pattern}\s*(?=,|$)|[^,]*)", re.DOTALL
+)  # of a sweep, each with its comma
 _PLAIN = re.compile(
     r"[^,\[\]()]+"
 )  # an element of a list, of a sweep or of choice(...), where it has no quotes
@@ -50,12 +54,41 @@ def options_first(arguments: Iterable[str]) -> list[str]:
 def quote_free_text(arguments: Iterable[str]) -> list[str]:
     """The command line with the values of `FREE_TEXT` in quotes, but `null` and what is in quotes already; those of
     `PATHS` that Hydra's grammar would not read as the text they are; and elements of `OVERRIDES`. In a sweep a comma
-    parts values, so only the last are changed there: texts with special characters take quotes of their own. Values of
-    `TEXTS` that the grammar would read as something else are put in quotes everywhere."""
+    parts values, so prompts with special characters take quotes of their own there. Values of `TEXTS` that the grammar
+    cannot read, or would read as something else, are put in quotes everywhere."""
     arguments = list(arguments)
     if not _SWEEPS & set(arguments):
         arguments = [_quoted(argument) for argument in arguments]
-    return [_quoted_elements(_quoted_numbers(argument)) for argument in arguments]
+    return [_quoted_elements(_quoted_numbers(_readable(argument))) for argument in arguments]
+
+
+def _readable(argument: str) -> str:
+    """The argument with the values of one of `TEXTS` in quotes that Hydra's grammar cannot read without, as `é` and
+    `a=b`; where it cannot read the whole, a comma outside quotes parts values."""
+    key, _, value = argument.partition("=")
+    if key.lstrip("+") not in TEXTS or key.endswith(".tags") or _can_be_read(argument):
+        return argument
+    values = (match[0][1:].strip() for match in _VALUES.finditer(f",{value}"))
+    return f"{key}=" + ",".join(text if _can_be_read(f"{key}={text}") else quotes(text) for text in values)
+
+
+def _can_be_read(argument: str) -> bool:
+    try:
+        OverridesParser.create().parse_overrides([argument])
+    except HydraException:
+        return False
+    return True
+
+
+def not_utf8(arguments: Iterable[str]) -> str | None:
+    """What is wrong with arguments whose bytes are no UTF-8, on one line; None if nothing is. A prompt may hold them:
+    the shipped model's tokens are bytes."""
+    for argument in arguments:
+        key = argument.partition("=")[0].lstrip("+")
+        if key not in FREE_TEXT and re.search("[\ud800-\udfff]", argument):
+            shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
+            return f"{shown}: is no UTF-8, which rows and files are in; give it in UTF-8, or another name"
+    return None
 
 
 def _quoted(argument: str) -> str:
