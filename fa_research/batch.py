@@ -12,6 +12,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from fa_research.errors import ConfigError
+
 
 class ForwardMode(Enum):
     """EXTEND: requests gain many tokens (prefill, chunked prefill, prefix-cache hit). DECODE: one token each.
@@ -69,8 +71,8 @@ def extend_batch(
     `rows[i]` has `prefix_lens[i]` tokens in the cache and gains `new_tokens[i]`. The table must hold slots
     for all of them.
 
-    The host's numbers travel in one pinned copy; slots are looked up on the device. Raises ValueError for a
-    request without new tokens."""
+    The host's numbers travel in one pinned copy; slots are looked up on the device. Raises ConfigError
+    for no requests, or for a request without new tokens."""
     extend_lens = _extend_lens(new_tokens)
     seq_lens = tuple(prefix + new for prefix, new in zip(prefix_lens, extend_lens, strict=True))
     per_token, per_request = _upload(
@@ -96,7 +98,7 @@ def extend_batch(
 def _extend_lens(new_tokens: Sequence[Sequence[int] | Tensor]) -> tuple[int, ...]:
     extend_lens = tuple(len(tokens) for tokens in new_tokens)
     if not extend_lens or min(extend_lens) < 1:
-        raise ValueError(
+        raise ConfigError(
             f"every request of an extend batch needs at least one new token, got lengths {extend_lens}"
         )
     return extend_lens

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fa_research.batch import ForwardBatch
+from fa_research.config.limits import require
 from fa_research.kernels import ops
 
 
@@ -49,7 +50,9 @@ class FlashAttentionMetadata:
         cls, batch_size: int, max_seq_len_k: int, page_size: int, device: torch.device | str
     ) -> FlashAttentionMetadata:
         """Buffers for `batch_size` requests of up to `max_seq_len_k` tokens, zeroed: a page id that nobody
-        wrote is the sink page, never out of the pool."""
+        wrote is the sink page, never out of the pool. Raises ConfigError for sizes that cannot be."""
+        require({"batch_size": batch_size, "max_seq_len_k": max_seq_len_k}, least=0)
+        require({"kv.page_size": page_size})
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.int32, device=device)

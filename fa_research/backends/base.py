@@ -186,12 +186,17 @@ class AttentionBackend(ABC):
         return_lse: bool = False,
     ) -> AttentionOutput:
         """One layer's attention with the metadata of this pass, or, with `settings.metadata_per_layer`, with metadata
-        made by the same call anew: for every kind of layer, as a pass makes them. Raises BackendFault where the result
+        made by the same call anew: for every kind of layer, as a pass makes them. A pass without requests has an empty
+        result, and no backend is asked for it. Raises BackendFault where the result
         has another shape, dtype or device than `attend` promises."""
         if self.settings.metadata_per_layer and not self._unread and self._renew is not None:
             with mark(METADATA):
                 self._renew()
         self._unread = False
+        if not q_THD.shape[0]:
+            shape, device = (0, lowering.spec.num_heads), q_THD.device
+            lse_TH = torch.empty(shape, dtype=torch.float32, device=device) if return_lse else None
+            return q_THD.new_empty(*shape, lowering.spec.v_head_dim), lse_TH
         metadata = self._chunked[lowering.chunk] if lowering.chunk else self.forward_metadata
         assert metadata is not None, "init_forward_metadata comes first"
         call = AttentionCall(
@@ -203,6 +208,8 @@ class AttentionBackend(ABC):
         self, metadata: FlashAttentionMetadata, batch: ForwardBatch, state: CudaGraphState | None = None
     ) -> FlashAttentionMetadata:
         self.forward_metadata, self._unread = metadata, True
+        if not metadata.batch_size:
+            return metadata  # nothing to plan; `forward` answers by itself
         chunks = {lowering.chunk for lowering in self.lowerings if lowering.chunk}
         self._chunked = {chunk: chunk_metadata(metadata, batch, chunk) for chunk in chunks}
         if state is not None:

@@ -34,12 +34,17 @@ class TritonBackend(AttentionBackend):
         reasons = []
         if importlib.util.find_spec("triton") is None:
             reasons.append('the triton package is not installed (pip install -e ".[triton]")')
-        if (
-            settings.device.type == "cpu"
-            and torch.cuda.is_available()
-            and os.environ.get("TRITON_INTERPRET") != "1"
-        ):
-            reasons.append("device=cpu on a machine with a GPU needs TRITON_INTERPRET=1 in the environment")
+        if settings.device.type == "cpu" and not _interpreted():
+            if torch.cuda.is_available():
+                reasons.append(
+                    "device=cpu on a machine with a GPU needs TRITON_INTERPRET=1 in the environment"
+                )
+            else:
+                given = os.environ.get("TRITON_INTERPRET")
+                reasons.append(
+                    "on the CPU it runs in Triton's interpreter, which the environment turns off "
+                    f"(TRITON_INTERPRET={given}): leave that variable out or set it to 1"
+                )
         return tuple(reasons)
 
     @property
@@ -126,3 +131,8 @@ def _arguments(call: AttentionCall, metadata: FlashAttentionMetadata) -> dict[st
         "return_lse": call.return_lse,
         "out": call.out_THV,
     }
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets kernels instead of compiling them, by its own reading of the variable."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes", "y"}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fa_research.attention.layer import Attend, PagedAttention
 from fa_research.batch import ForwardMode
+from fa_research.config.limits import require
 from fa_research.spec import AttentionSpec
 
 
@@ -29,6 +30,7 @@ class AttentionStack:
         device: torch.device,
         seed: int,
     ) -> None:
+        require({"number of attention layers": len(specs), "max_tokens": max_tokens})
         self.attention_specs = tuple(specs)
         self.notes: list[str] = []
         first = specs[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 from fa_research.backends import CudaGraphState
 from fa_research.batch import ForwardBatch
 from fa_research.config import GraphMode
+from fa_research.config.limits import require
 from fa_research.engine.cuda_graph import GraphSet
 from fa_research.engine.decode_state import DecodeState
 from fa_research.engine.model_runner import ModelRunner
@@ -45,7 +46,12 @@ class DecodeRunner:
         reserve_ahead: int,
         sampling: bool = False,
     ) -> None:
-        assert mode is not GraphMode.auto, "resolve_graph_mode comes first"
+        if mode is GraphMode.auto:
+            raise ConfigError("cuda_graph.mode=auto: give a DecodeRunner what resolve_graph_mode makes of it")
+        if mode is not GraphMode.off:
+            require({"number of cuda_graph.batch_sizes": len(batch_sizes), "max_seq_len_k": max_seq_len_k})
+        require({f"cuda_graph.batch_sizes[{i}]": size for i, size in enumerate(batch_sizes)})
+        require({"kv.reserve_ahead": reserve_ahead})
         self.runner = runner
         self.mode = mode
         self.batch_sizes = sorted(batch_sizes) if mode is not GraphMode.off else []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fa_research.batch import ForwardBatch, ForwardMode
+from fa_research.config.limits import require
 from fa_research.engine.sampling import GREEDY, SamplingParams, pack
 from fa_research.kernels import ops
 
@@ -21,6 +22,7 @@ class DecodeState:
     0, length 1, greedy."""
 
     def __init__(self, max_batch_size: int, device: torch.device) -> None:
+        require({"max_batch_size": max_batch_size}, least=0)
         self.max_batch_size = max_batch_size
         self.device = device
         self.input_ids_B = torch.zeros(max_batch_size, dtype=torch.int64, device=device)

@@ -10,6 +10,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from fa_research.config.limits import require
+
 _PENDING = 2  # the newest step and the one before it
 
 
@@ -19,6 +21,7 @@ class TokenReader:
     nothing, and slicing would cost the host as much as the copy."""
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
+        require({"batch_size": batch_size}, least=0)
         self._on_gpu = device.type == "cuda"
         slots = _PENDING + 1  # one more than can be unread, so that no unread buffer is written
         host = torch.empty(slots, batch_size, dtype=torch.int64, pin_memory=self._on_gpu)

@@ -22,7 +22,19 @@ STEP_BYTES = 1 << 26  # keys, values and scores of one step take about so much
 HIGHEST = lax.Precision.HIGHEST  # float32 stays float32 on GPUs, not TF32
 
 
+def of_any_rank(function):
+    """`function` with broadcasting between arrays of different ranks, whatever `jax_numpy_rank_promotion` is."""
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        with jax.numpy_rank_promotion("allow"):
+            return function(*args, **options)
+
+    return call
+
+
 @functools.partial(jax.jit, static_argnames=("mask", "page_size", "scale", "softcap", "tile", "step"))
+@of_any_rank
 def paged_attention(
     q_THD,
     k_RKD,

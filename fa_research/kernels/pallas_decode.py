@@ -19,6 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from fa_research.kernels.jax_paged import of_any_rank
+
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 LOWEST = -1.0e30  # a running maximum that starts at -inf would make NaN of -inf - (-inf)
@@ -106,6 +108,7 @@ def _ceil_div(x, n: int):
 @functools.partial(
     jax.jit, static_argnames=("page_size", "scale", "softcap", "window", "chunk", "config", "interpret")
 )
+@of_any_rank
 def paged_decode(
     q_BHD,
     k_RKD,

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fa_research.errors import KVCacheFull
+from fa_research.errors import ConfigError, KVCacheFull
 
 # Page numbers, type code "q". NumPy reads them without a copy; with pages of one slot there are as many as tokens.
 Pages: TypeAlias = "array[int]"
@@ -34,9 +34,9 @@ class PagedAllocator:
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         if num_pages < 1:
-            raise ValueError(f"kv.num_pages={num_pages} must be at least 1")
+            raise ConfigError(f"kv.num_pages={num_pages}: must be at least 1")
         if not 1 <= page_size <= 256:
-            raise ValueError(f"kv.page_size={page_size} must be from 1 to 256 slots")
+            raise ConfigError(f"kv.page_size={page_size}: must be from 1 to 256 slots")
         self.num_pages = num_pages
         self.page_size = page_size
         self._free = array("q", range(num_pages, 0, -1))

@@ -277,3 +277,13 @@ def test_jax_is_imported_when_attention_is_computed_and_no_earlier() -> None:
         [sys.executable, "-c", WITHOUT_JAX], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kernel", ["xla", "pallas"])
+def test_ranks_may_be_promoted_whatever_the_environment_says(kernel: str) -> None:
+    """A user of JAX may have set `jax_numpy_rank_promotion=raise` for code of their own."""
+    jax = pytest.importorskip("jax")
+    with jax.numpy_rank_promotion("raise"):
+        for decode in (True, False):
+            scene = Scene(make_spec(), ((5, 1), (3, 1)), 4, torch.float32, decode=decode)
+            scene.check(scene.backend("jax", options={"kernel": kernel}))

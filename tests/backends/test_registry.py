@@ -249,3 +249,12 @@ def test_a_backend_for_the_contract_before_attention_calls_is_told_what_changed(
         TypeError, match=rf"Old.{min(methods)}: backends implement attend\(self, call\).*README"
     ):
         type("Old", (TorchBackend,), methods)
+
+
+def test_triton_without_a_gpu_and_without_the_interpreter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        BackendUnavailable, match="TRITON_INTERPRET=0.: leave that variable out or set it to 1"
+    ):
+        backends.create("triton", settings("cpu"), [SPEC])
