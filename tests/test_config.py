@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from fa_research import masks
 from fa_research.config import WORKLOADS, Config, GraphMode, TextWorkload, config_hash, load_config, to_plain
 from fa_research.config.store import CONFIG_DIR, GROUPS, choices, register
+from tests.semantics.cases import every_mask
 
 PLAIN_GROUPS = [group for group in GROUPS if group != "experiment"]
 ALL_CHOICES = [(group, choice) for group in PLAIN_GROUPS for choice in choices(group)]
@@ -90,18 +92,13 @@ def test_values_reach_the_typed_config() -> None:
     assert config.kv.memory_fraction == 0.5
 
 
-@pytest.mark.parametrize("name", masks.names())
-def test_every_mask_can_be_configured(name: str) -> None:
-    size = ["model.mask.size=8"] if _needs_size(name) else []
-    assert load_config(composed(f"model.mask.name={name}", *size)).model.mask.name == name
-
-
-def _needs_size(name: str) -> bool:
-    try:
-        masks.build(name)
-    except ValueError:
-        return True
-    return False
+@pytest.mark.parametrize("mask", every_mask("cpu")[0], ids=lambda mask: mask.name)
+def test_every_mask_can_be_configured(mask: masks.Mask) -> None:
+    fields = dataclasses.asdict(mask)
+    size = [f"model.mask.size={fields.pop('size')}"] if "size" in fields else []
+    options = [f"+model.mask.options.{name}={value}" for name, value in fields.items()]
+    given = load_config(composed(f"model.mask.name={mask.name}", *size, *options)).model.mask
+    assert masks.build(given.name, given.size, given.options) == mask
 
 
 def test_hash_sees_what_is_measured_and_nothing_else() -> None:

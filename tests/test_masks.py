@@ -91,7 +91,8 @@ def test_sizes_tell_masks_apart() -> None:
 
 
 def test_build_by_name() -> None:
-    assert masks.names() == ("causal", "chunked", "full", "sliding_window", "streaming")
+    assert {"causal", "chunked", "full", "sliding_window", "streaming"} <= {*masks.names()}
+    assert masks.names() == tuple(sorted(masks.names()))
     assert masks.build("causal") == Causal() and masks.build("full") == Full()
     assert masks.build("sliding_window", 7) == SlidingWindow(7) and masks.build("chunked", 8) == Chunked(8)
 
@@ -113,7 +114,7 @@ def test_a_mask_outside_the_package_has_no_name() -> None:
         (
             "casual",
             None,
-            r"name='casual' is unknown; choose one of causal, chunked, full, sliding_window, streaming",
+            r"name='casual' is unknown; choose one of .*causal, .*streaming",
         ),
         ("chunked", None, r"name=chunked needs size"),
         ("sliding_window", None, r"name=sliding_window needs size"),

@@ -144,6 +144,6 @@ def test_masks_are_varied_by_existing(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {**masks._registry(), "stride": Stride, "unmade": Unmade}
     monkeypatch.setattr(masks, "_registry", lambda: own)
     made, problems = every_mask.__wrapped__("cpu")
-    assert made == (Causal(), Chunked(12), Full(), SlidingWindow(7), Streaming(7), Stride(7, 4))
+    assert {Causal(), Chunked(12), Full(), SlidingWindow(7), Streaming(7), Stride(7, 4)} <= {*made}
     assert problems == ("mask unmade: step is to be a prime; give its fields defaults that work",)
     assert set(made) - {Stride(7, 4)} == {case.mask for case in coverage("torch", "cpu").cases}
