@@ -17,8 +17,7 @@ def free_bytes(device: torch.device) -> int:
         return free_host_bytes()
     torch.cuda.empty_cache()  # what torch kept of the sweep's last cell is free, but the driver does not know it
     free, total = torch.cuda.mem_get_info(device)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    fraction = torch.cuda.get_per_process_memory_fraction(index)
+    fraction = torch.cuda.get_per_process_memory_fraction(device.index)  # None: the current device
     if fraction < 1:
         free = max(0, min(free, int(total * fraction) - torch.cuda.memory_reserved(device)))
     return free

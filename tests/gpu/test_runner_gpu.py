@@ -28,8 +28,8 @@ def test_a_cell_that_beats_the_roof_is_suspect(tmp_path: Path, monkeypatch: pyte
 
 
 def test_memory_that_ran_out_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An enormous batch: the pool alone is larger than any GPU. It is refused before anything is built; what passes that
-    check and does not fit all the same is told apart too, and afterwards a small cell runs."""
+    """An enormous batch: the pool alone is larger than any GPU. It is refused before anything is built. What passes
+    that check and does not fit all the same is told apart too. Afterwards a small cell runs."""
     options = DecodeWorkload(batch_size=60_000, context_len=4000, steps=1)
     config = cell(options, device="cuda", backend="triton", model=model_config(max_context_len=4096))
     config.kv = KVConfig(256, churn=False)
