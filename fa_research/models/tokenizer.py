@@ -80,7 +80,9 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
 
 
 def _eos(folder: Path) -> frozenset[int]:
-    """`eos_token_id` of generation_config.json, or else of config.json: one id, several or none."""
+    """`eos_token_id` of generation_config.json, or else of config.json: one id, several or none. A
+    generation_config.json that names none leaves it to config.json here; in transformers 5.23 nothing then ends a text.
+    """
     for name in ("generation_config.json", "config.json"):
         try:
             raw = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -90,7 +92,13 @@ def _eos(folder: Path) -> frozenset[int]:
             raise CheckpointError(f"model.path: {folder / name} cannot be read: {error}") from error
         found = raw.get("eos_token_id") if isinstance(raw, dict) else None
         if found is not None:
-            return frozenset(found if isinstance(found, list) else [found])
+            ids = found if isinstance(found, list) else [found]
+            if any(type(token) is not int for token in ids):  # true is no id
+                raise CheckpointError(
+                    f"model.path: {folder / name}: eos_token_id={json.dumps(found)}: expected a token id, a list of "
+                    "ids or null"
+                )
+            return frozenset(ids)
     return frozenset()
 
 

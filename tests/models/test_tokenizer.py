@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,15 @@ def test_what_ends_a_text(tmp_path: Path, in_config: Any, in_generation: Any, ex
     assert _ours(folder).eos == expected
     (folder / "tokenizer.json").unlink()
     assert load_tokenizer(ModelConfig(path=str(folder))).eos == expected
+
+
+@pytest.mark.parametrize("wrong", ["7", [[7]], True, 2.0, [2, None]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_that_is_no_token_id_is_named(tmp_path: Path, name: str, wrong: Any) -> None:
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": wrong}))
+    says = re.escape(f"{name}: eos_token_id={json.dumps(wrong)}: expected a token id")
+    with pytest.raises(CheckpointError, match=says):
+        load_tokenizer(ModelConfig(path=str(tmp_path), vocab_size=420))
 
 
 def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:
