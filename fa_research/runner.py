@@ -20,8 +20,9 @@ from fa_research.engine.fits import check_fits
 from fa_research.engine.model_runner import EngineModel
 from fa_research.errors import DoesNotFit, Refusal
 from fa_research.fingerprint import fingerprint
-from fa_research.measure.cell import Measurement, Stage, cell_timer, check, measure
+from fa_research.measure.cell import Stage, cell_timer, check, measure
 from fa_research.measure.cupti import check_timer
+from fa_research.measure.generation import measure_generation
 from fa_research.measure.quality import measure_quality, not_finite
 from fa_research.models import attention_specs, build_model
 from fa_research.tracking import (
@@ -38,6 +39,8 @@ from fa_research.tracking import (
 )
 from fa_research.tracking.records import now
 from fa_research.tracking.wandb_mirror import WandbMirror
+from fa_research.workloads.generate import Generate
+from fa_research.workloads.generation import Generation
 from fa_research.workloads.text import Text
 
 log = logging.getLogger(__name__)
@@ -91,11 +94,14 @@ def _fill(row: Row, config: Config, against: Config | None, mirror: WandbMirror,
         workload, engine = build_cell(config)
     row.environment = environment(_classes(workload, engine)) | _environment(engine)
     if isinstance(workload, Text) and workload.writes:
-        row.generated = _generate(engine, workload)
+        row.generated = _written(workload.generation(engine))
     with shown() as stage:
         stage(f"preparing {config.workload.name} on {engine.backend.name}")
         workload.prepare(engine)
         row.environment |= _environment(engine)  # whether decode steps are captured is known now
+    if isinstance(workload, Generate):
+        row.generated = _written(workload.generation)
+    with shown() as stage:
         if config.measure.check:
             stage("checking against float64")
         _check(row, engine, workload)
@@ -181,9 +187,9 @@ def _second_engine(config: Config, against: Config) -> tuple[workloads.Workload,
     return workload, engine
 
 
-def _generate(engine: Engine, workload: Text) -> dict[str, str]:
+def _written(generation: Generation) -> dict[str, str]:
     """The text that `workload.generate` asks for, streamed to the screen."""
-    prompt, text = stream_text(workload.generation(engine).text())
+    prompt, text = stream_text(generation.text())
     return {"prompt": prompt, "text": text}
 
 
@@ -195,9 +201,12 @@ def _time(
     mirror: WandbMirror,
     stage: Stage,
 ) -> None:
-    timer, notes = cell_timer(engine)
-    row.notes += notes
-    result: Measurement = measure(engine, workload, timer, stage, other)
+    if isinstance(workload, Generate):
+        result = measure_generation(engine, workload.generation)
+    else:
+        timer, notes = cell_timer(engine)
+        row.notes += notes
+        result = measure(engine, workload, timer, stage, other)
     row.metrics |= result.metrics
     row.samples |= result.samples
     row.notes += result.notes

@@ -45,6 +45,8 @@ def notes(*overrides: str, multirun: bool = False, on_gpu: bool = False) -> list
         (["workload=decode", "measure.quality=true"], "measure.quality"),
         (["measure.l2=warm"], "measure.l2"),
         (["sweep.fail_fast=true"], "sweep.fail_fast"),
+        (["workload=generate", "measure.repeats=5"], "measure.repeats"),
+        (["workload=generate", "workload.prompt_file=x", "workload.prompt=y"], "workload.prompt"),
         (["backend=flex", "+backend.options.num_warps=8"], "backend.options.num_warps"),
     ],
 )  # fmt: skip
@@ -60,6 +62,7 @@ def test_a_key_without_effect_is_named(overrides: list[str], key: str) -> None:
         ["model=llama3_1b", "model.rope_scaling.low_freq_factor=2"],
         ["workload=decode", "workload.length_spread=0.5", "kv.reserve_ahead=4"],
         ["workload.prompt=x"],
+        ["workload=generate", "workload.prompt=x", "measure.warmup=5", "cuda_graph=off"],
     ],
 )
 def test_keys_with_an_effect_are_not_named(overrides: list[str]) -> None:

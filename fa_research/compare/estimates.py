@@ -16,7 +16,15 @@ from fa_research.tracking import Status
 
 _HIGHER_IS_BETTER = ("_per_s", "_fraction", "_hit_rate")
 _RATE = "_tokens_per_s"
-MAIN = ("decode_step_us", "extend_pass_us", "mixed_pass_us", "attention_us", "prefill_us")
+MAIN = (
+    "decode_step_us",
+    "extend_pass_us",
+    "mixed_pass_us",
+    "attention_us",
+    "prefill_us",
+    "itl_us",
+    "ttft_us",
+)
 
 
 class How(Enum):

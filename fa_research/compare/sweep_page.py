@@ -24,6 +24,8 @@ _MAIN_ENDINGS = (
     "_step_us",
     "_pass_us",
     "prefill_us",
+    "ttft_us",
+    "itl_us",
     "_tokens_per_s",
     "attention_us",
     "_host_us",

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fa_research.config.explain import explain
 from fa_research.config.load import load_config
-from fa_research.config.schemas import Config
+from fa_research.config.schemas import Config, GenerateWorkload
 from fa_research.errors import ConfigError
 
 _KEY = "measure.against"
@@ -45,8 +45,14 @@ def read_against(config: Config, config_name: str | None, overrides: Sequence[st
             )
     typed = [*overrides, *given, f"{_KEY}=[]"]  # the last of a key counts
     try:
-        return load_config(compose(config_name, typed), typed)
+        second = load_config(compose(config_name, typed), typed)
     except ConfigError as error:
         raise ConfigError(f"{_KEY}={given}: {error}") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{_KEY}={given}: {explain(error)}") from error
+    if GenerateWorkload in (type(config.workload), type(second.workload)):
+        raise ConfigError(
+            f"{_KEY}={given}: workload=generate times one text while it is written, and repeats nothing in turns; "
+            "use workload=text or workload=decode"
+        )
+    return second

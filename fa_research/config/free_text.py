@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 FREE_TEXT = ("workload.prompt",)
-PATHS = ("model.path", "workload.path", "hydra.run.dir", "hydra.sweep.dir")
+PATHS = ("model.path", "workload.path", "workload.prompt_file", "hydra.run.dir", "hydra.sweep.dir")
 # Texts that may look like a number or a truth value: the grammar would make 202401 of study=2024_01, 1.1 of 1.10
 # and 1000.0 of 1e3, before the schema makes texts of them again.
 TEXTS = frozenset(

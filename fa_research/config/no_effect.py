@@ -18,6 +18,7 @@ from fa_research.config.schemas import (
     Config,
     DecodeWorkload,
     ExtendWorkload,
+    GenerateWorkload,
     GraphMode,
     L2State,
     Level,
@@ -58,6 +59,10 @@ def _attention(run: Run) -> bool:
 def _writes_no_text(run: Run) -> bool:
     workload = run.config.workload
     return isinstance(workload, TextWorkload) and (workload.generate == 0 or _attention(run))
+
+
+def _generates(run: Run) -> bool:
+    return isinstance(run.config.workload, GenerateWorkload)
 
 
 def _not_rope(*types: RopeType) -> Callable[[Run], bool]:
@@ -162,11 +167,24 @@ IDLE: tuple[Idle, ...] = (
         "only written text follows it: workload.generate above 0, workload.level=model",
     ),
     Idle(
+        "workload.prompt",
+        lambda r: (
+            isinstance(r.config.workload, GenerateWorkload) and r.config.workload.prompt_file is not None
+        ),
+        "the prompt is that of workload.prompt_file",
+    ),
+    Idle(
         "workload.retained_fraction",
         lambda r: isinstance(r.config.workload, TraceWorkload) and not r.config.workload.prefix_sharing,
         "workload.prefix_sharing=false retains nothing",
     ),
     # measurement
+    Idle(
+        "measure.check_requests measure.repeats measure.max_seconds measure.l2 measure.timer measure.self_test "
+        "measure.ledger",
+        _generates,
+        "workload=generate takes the host's time while it writes one text",
+    ),
     Idle(
         "measure.check_requests", lambda r: not r.config.measure.check, "measure.check=false checks nothing"
     ),
@@ -185,7 +203,7 @@ IDLE: tuple[Idle, ...] = (
     Idle("measure.self_test", lambda r: not r.on_gpu, "only a GPU's timer is tested"),
     Idle(
         "measure.warmup",
-        lambda r: not r.on_gpu and r.config.measure.warmup > 1,
+        lambda r: not r.on_gpu and r.config.measure.warmup > 1 and not _generates(r),
         "a CPU is warmed up by one call at most",
     ),
     # backends

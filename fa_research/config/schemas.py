@@ -143,6 +143,15 @@ class TextWorkload(WorkloadConfig):
 
 
 @dataclass(slots=True)
+class GenerateWorkload(WorkloadConfig):
+    name: str = "generate"
+    prompt: str | None = None
+    prompt_file: str | None = None  # a file whose text is the prompt, in the place of `prompt`
+    generate: int = 200  # the most tokens that follow the prompt
+    chunk_size: int | None = None  # tokens of the prompt in one pass; None: all
+
+
+@dataclass(slots=True)
 class TraceWorkload(WorkloadConfig):
     name: str = "trace"
     path: str | None = None  # a trace of requests, Azure's CSV or Mooncake's JSON lines; required
@@ -221,6 +230,7 @@ class Config:
 WORKLOADS: dict[str, type[WorkloadConfig]] = {
     "decode": DecodeWorkload,
     "extend": ExtendWorkload,
+    "generate": GenerateWorkload,
     "mixed": MixedWorkload,
     "text": TextWorkload,
     "trace": TraceWorkload,

@@ -13,6 +13,7 @@ from fa_research.config.schemas import (
     Config,
     DecodeWorkload,
     ExtendWorkload,
+    GenerateWorkload,
     KVConfig,
     Level,
     MixedWorkload,
@@ -84,6 +85,9 @@ def least_work(config: Config) -> Work | None:
             work = Work(count, max(lens), total, extended * options.new_len + decoded, count)
         case TextWorkload(name="text"):
             work = _text(options, page_size, warmup, shown=options.level is Level.model)
+        case GenerateWorkload(name="generate"):
+            # The prompt has a token at least, and the last one that is written is not read again.
+            work = Work(1, options.generate, pages(options.generate), 1, 1)
         case TraceWorkload(name="trace"):
             # The trace's lengths are not known before it is read.
             work = Work(2 * options.concurrency, 1, max(1, (options.pool_tokens or 1) // page_size), 1, 1)

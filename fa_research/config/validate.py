@@ -12,6 +12,7 @@ from fa_research.config.schemas import (
     CudaGraphConfig,
     DecodeWorkload,
     ExtendWorkload,
+    GenerateWorkload,
     GraphMode,
     KVConfig,
     Level,
@@ -137,6 +138,8 @@ def _workload(workload: WorkloadConfig, model: ModelConfig) -> Iterator[str]:
             yield from _fits(workload, model, "context_len", extra=1)
         case TextWorkload():
             yield from _text(workload, model)
+        case GenerateWorkload():
+            yield from _generate(workload, model)
         case TraceWorkload():
             yield from _trace(workload, model)
 
@@ -164,6 +167,19 @@ def _text(workload: TextWorkload, model: ModelConfig) -> Iterator[str]:
     yield from at_least("workload.generate", workload.generate, 0)
     if workload.generate > 0 and workload.level is Level.model and workload.prompt is None:
         yield from _fits(workload, model, "prompt_len generate")
+
+
+def _generate(workload: GenerateWorkload, model: ModelConfig) -> Iterator[str]:
+    if workload.level is Level.attention:
+        yield (
+            "workload.level=attention: the attention path alone writes no text; use workload.level=model, or "
+            "workload=decode to time the attention of decode steps"
+        )
+    yield from _sizes(workload, "generate")
+    yield from at_least("workload.chunk_size", workload.chunk_size, 1)
+    if workload.prompt is None and workload.prompt_file is None:
+        yield "workload.prompt=null: give a prompt, or the file of one in workload.prompt_file"
+    yield from _fits(workload, model, "generate", extra=1)
 
 
 def _trace(workload: TraceWorkload, model: ModelConfig) -> Iterator[str]:

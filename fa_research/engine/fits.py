@@ -19,6 +19,7 @@ _SCALED = {
     "decode": "batch_size",
     "extend": "batch_size",
     "text": "batch_size",
+    "generate": "generate",
     "mixed": "decode_requests",
     "trace": "pool_tokens",
 }  # the key that a smaller workload has less of

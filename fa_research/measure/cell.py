@@ -119,7 +119,7 @@ def measure(
     if engine.stack is not None:
         stage("timing the parts of attention")
         _attention_parts(engine, engine.stack, workload, timer, result)
-    result.metrics |= _memory(engine)
+    result.metrics |= memory_columns(engine)
     result.metrics |= workload.columns(result.metrics)
     if timer.monitor is not None:
         result.metrics |= nvml.columns(timer.monitor.series)
@@ -163,7 +163,8 @@ def _compare(result: Measurement, workload: Workload, other: Workload, timer: Ti
     result.notes += notes
 
 
-def _memory(engine: Engine) -> dict[str, Any]:
+def memory_columns(engine: Engine) -> dict[str, Any]:
+    """What the engine holds: the KV pool, and the weights of a model."""
     cache = engine.cache
     weights = (
         sum(p.nbytes for p in engine.runner.model.parameters())

@@ -16,6 +16,7 @@ _FIRST = (
     "num_layers",
     "path",
     "prompt",
+    "prompt_file",
 )  # keys of a workload that are no sizes, or said apart
 
 

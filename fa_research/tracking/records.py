@@ -46,7 +46,7 @@ class Row:
         metrics: numbers with their units in their names, such as `decode_step_us` or `kv_pool_bytes`.
         samples: for metrics in microseconds that are medians, by their names, every sample.
         checks: what was compared with the oracle: errors, tolerances, verdicts.
-        generated: with `workload.generate`, the `prompt` and the `text` that the model wrote after it.
+        generated: where the model wrote text, the `prompt` and the `text` that follows it.
         notes: anything a reader of the row should know.
         reasons: why the cell is not `ok`.
         wandb: where the W&B run that mirrors the row is: `entity`, `project`, `group`, `run_id`; empty without one.

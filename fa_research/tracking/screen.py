@@ -158,15 +158,19 @@ def _print_one(row: Row) -> None:
 
 
 def headline(row: Row) -> str:
-    """A row in one line: its status, and why or its first two times in the units of a reader."""
+    """A row in one line: its status, and why or its first two numbers in the units of a reader."""
     if row.reasons:
         return f"{row.status}: {row.reasons[0]}"
     times = [name for name in row.metrics if name.endswith("_us") and not ASIDE.search(name)]
     rates = {name: _rate(row.metrics, name[:-3]) for name in times}
-    first = [name for name in times if rates[name]] or times
     said = [
-        f"{name[:-3].replace('_', ' ')} {in_seconds(row.metrics[name])}{rates[name]}" for name in first[:2]
+        f"{name[:-3].replace('_', ' ')} {in_seconds(row.metrics[name])}{rates[name]}"
+        for name in [name for name in times if rates[name]] or times
     ]
+    rate = _rate(row.metrics, "decode")
+    if "ttft_us" in times and rate:  # of a text that was written, the tokens a second and not the gap
+        said[1:] = [f"decode {rate.strip(' ()')}"]
+    said = said[:2]
     return f"{row.status}: {', '.join(said)}" if said else str(row.status)
 
 

@@ -19,7 +19,7 @@ from fa_research.phases import SAMPLING, mark
 from fa_research.workloads.base import Case, Pass, Unit, checked
 from fa_research.workloads.corpus import Passage, read_passages
 from fa_research.workloads.decoding import Decoding
-from fa_research.workloads.generation import Generation, prompt_tokens
+from fa_research.workloads.generation import Generation, prompt_tokens, tokenizer_notes, typed_bytes
 
 # Whether a prefill pass is that of the shared prefix, its batch, its hidden states [T, E].
 Observe = Callable[[bool, ForwardBatch, Tensor], object]
@@ -52,9 +52,13 @@ class Text(Decoding):
     @cached_property
     def opening(self) -> list[int]:
         """What generated text follows."""
-        if self.options.prompt is None:
+        options = self.options
+        if options.prompt is None:
             return self.prompts[0]
-        return prompt_tokens(self.options, self.config.model, self.tokenizer)
+        return prompt_tokens(
+            "workload.prompt", typed_bytes(options.prompt), options.generate, self.config.model, self.tokenizer,
+            instead=", or null for the beginning of workload.path",
+        )  # fmt: skip
 
     def needs(self) -> Needs:
         options = self.options
@@ -79,13 +83,7 @@ class Text(Decoding):
             notes.append(
                 "text of the Python standard library: files that the shipped model was not trained on"
             )
-        if self.config.model.path is not None:
-            tokenizer = self.tokenizer
-            how = "as bytes: no tokenizer.json" if tokenizer.name == "bytes" else f"by {tokenizer.name}"
-            front = (
-                f", every prompt begins with token {tokenizer.leading_ids}" if tokenizer.leading_ids else ""
-            )
-            notes.append(f"text {how}{front}")
+        notes += tokenizer_notes(self.config.model, self.tokenizer)
         if self.options.generate and not self.writes:
             notes.append(
                 f"workload.generate={self.options.generate}: the attention path alone writes no text"

@@ -78,6 +78,7 @@ def test_what_a_preset_chose_stays() -> None:
         ("device=cpu", ["device is of the run", "backend, kv"]),
         ("measure.l2=warm", ["measure.l2 is of the run"]),
         ("experiment=first_ablation", ["experiment is of the run"]),
+        ("workload=generate", ["workload=generate times one text", "use workload=text"]),
     ],
 )
 def test_mistakes_name_the_key(against: str, parts: list[str]) -> None:

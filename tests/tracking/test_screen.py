@@ -252,6 +252,9 @@ def test_a_row_begins_with_its_headline_in_the_units_of_a_reader() -> None:
     assert headline(Row(Status.ok, metrics=metrics)) == said
     assert headline(Row(Status.ok, metrics={"attention_us": 1234.0})) == "ok: attention 1.23 ms"
     assert headline(Row(Status.inaccurate, metrics=metrics, reasons=["far off"])) == "inaccurate: far off"
+    text = {"ttft_us": 39_226.0, "decode_tokens_per_s": 35.27, "itl_us": 27_576.0}
+    assert headline(Row(Status.ok, metrics=text)) == "ok: ttft 39.2 ms, decode 35.27 tokens/s"
+    assert headline(Row(Status.ok, metrics={"ttft_us": 39_226.0})) == "ok: ttft 39.2 ms"
 
 
 @pytest.mark.parametrize("count", [1, 2])

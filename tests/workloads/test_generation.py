@@ -149,11 +149,14 @@ def test_a_text_ends_where_the_model_ends_it(folder: Path, tmp_path: Path) -> No
     assert generation.engine.cache.allocator.pages_used == 0
 
 
-def test_pieces_are_the_text_a_step_behind(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ahead", [False, True])
+def test_pieces_come_as_early_as_they_can(
+    ahead: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The piece of a token comes when the step after it was launched."""
+    """The first token's before any step; a later one's on a GPU when the step after it was launched, which then runs
+    beside the host, and on the CPU, where nothing does, right after its own."""
     generation, _ = generation_of(cell_of(folder, tmp_path, generate=12))
+    generation.ahead = ahead
     launched, step = [0], DecodeRunner.step
 
     def counted(self: DecodeRunner) -> None:
@@ -167,7 +170,8 @@ def test_pieces_are_the_text_a_step_behind(
     for piece in pieces:
         shown.append(piece)
         seen.append(launched[0])
-    assert seen == [*range(1, 12), 11, 11]  # of the last token, and of what is left, no step follows
+    # of the last token, and of what is left, no step follows
+    assert seen == ([0, *range(2, 12), 11, 11] if ahead else [*range(12), 11])
     tokens = bytes(min(token, 255) for token in [*generation.prompt, *theirs(generation.prompt, 12)])
     assert "".join(shown) == tokens.decode(errors="replace")
 
