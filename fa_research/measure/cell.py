@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from fa_research.engine.attention_stack import AttentionStack
 from fa_research.engine.engine import Engine
 from fa_research.measure import nvml
 from fa_research.measure.against import time_against
+from fa_research.measure.first_layer import first_layer_off
 from fa_research.measure.ledger import ledger
 from fa_research.measure.numerics import Verdict
 from fa_research.measure.nvml import open_monitor
@@ -61,18 +63,21 @@ def check(engine: Engine, workload: Workload) -> tuple[bool, dict[str, Any]]:
         verdict, where = check_attention(engine, passes, max_requests)
         return verdict.passed, verdict.checks("attention") | _failure("attention", verdict, where)
     oracle = Oracle(engine, cases)
-    passed, columns = _judged(oracle, "logits", [case.logits_MX for case in cases])
+    passed, columns = _judged(engine, oracle, "logits", [case.logits_MX for case in cases])
     if workload.reprefill:
         again = reprefill(engine, cases)
-        passed_again, more = _judged(oracle, "reprefill", again)
+        passed_again, more = _judged(engine, oracle, "reprefill", again)
         passed = passed and passed_again
         columns |= more | compare_logits(cases, again)
     return passed, columns
 
 
-def _judged(oracle: Oracle, name: str, results: list[Tensor]) -> tuple[bool, dict[str, Any]]:
-    verdict = oracle.judge(results)
-    where = "" if verdict.passed else oracle.where(results, verdict)
+def _judged(engine: Engine, oracle: Oracle, name: str, results: list[Tensor]) -> tuple[bool, dict[str, Any]]:
+    verdict, where = oracle.judge(results), ""
+    if not verdict.passed:
+        where = oracle.where(results, verdict)
+        if math.isfinite(verdict.baseline_error):  # else the result is not what is wrong
+            where += f"; {first_layer_off(engine, oracle.worst_case(results))}"
     return verdict.passed, verdict.checks(name) | _failure(name, verdict, where)
 
 

@@ -72,14 +72,16 @@ class _Finite:
                 return f"the float64 reference is not finite ({found}); nothing can be judged"
             if side == "result":
                 return f"the result has {found}, the float64 reference and the baseline have none"
-            return f"the baseline {_overflow(self._dtypes['result'])} ({found}); nothing can be judged"
+            return (
+                f"the baseline {_overflow(self._dtypes['result'], infinite)} ({found}); nothing can be judged"
+            )
         return ""
 
 
-def _overflow(dtype: torch.dtype) -> str:
-    """What became of a baseline whose reference is finite, and what helps."""
+def _overflow(dtype: torch.dtype, infinite: int) -> str:
+    """What became of a baseline whose reference is finite, with so many infinite values, and what helps."""
     name, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
-    if dtype is torch.float16:
+    if dtype is torch.float16 and infinite:
         return f"in {name} overflows: its values pass {most:,.0f}; use model.dtype=bfloat16 or float32"
     return f"in {name} is not finite, although its float64 reference is; use a wider model.dtype"
 

@@ -172,13 +172,21 @@ class Oracle:
         median position."""
         return self._judge(zip(results, self._baselines, self._references, strict=True))
 
+    def worst_case(self, results: Sequence[Tensor]) -> Case:
+        """The case whose result is furthest from the reference; NaN is furthest of all."""
+        errors = [
+            (result.double() - reference).abs().nan_to_num(nan=torch.inf).max().item()
+            for result, reference in zip(results, self._references, strict=True)
+        ]
+        return self._cases[errors.index(max(errors))]
+
     def where(self, results: Sequence[Tensor], verdict: Verdict) -> str:
         """Where a result that failed is off: request, position and vocabulary id."""
 
         def name(case: Case) -> Name:
             def at(index: tuple[int, ...]) -> str:
                 position = case.prefix_len + int(case.at_M[index[0]])
-                return f"request {case.row}, position {position}, vocabulary id {index[1]}"
+                return f"request {case.request}, position {position}, vocabulary id {index[1]}"
 
             return at
 

@@ -24,13 +24,14 @@ _MIXTURE_REQUESTS = 8
 class Case:
     """One request's result, for the oracle to repeat: `tokens_T` follow the first `prefix_len` tokens of row
     `row` in the cache, and `logits_MX` were produced at the positions `at_M` (indices into the new
-    tokens)."""
+    tokens). `request` is its index in the batch."""
 
     row: int
     prefix_len: int
     tokens_T: Tensor
     at_M: Tensor
     logits_MX: Tensor
+    request: int = 0
 
 
 @dataclass(slots=True)

@@ -65,7 +65,7 @@ class Decode(Decoding):
             return result, []
         at = torch.zeros(1, dtype=torch.int64)
         cases = [
-            Case(self.requests[i].row, prefix_lens[i], inputs_B[i : i + 1], at, logits[i : i + 1].clone())
+            Case(self.requests[i].row, prefix_lens[i], inputs_B[i : i + 1], at, logits[i : i + 1].clone(), i)
             for i in checked(self.config, len(self.requests))
         ]
         return result, cases

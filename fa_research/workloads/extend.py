@@ -71,7 +71,8 @@ class _RaggedPass(Workload):
         for i in checked(self.config, len(self.requests)):
             prefix, new = self._lens()[i]
             at = torch.tensor([new - 1])
-            cases.append(Case(self.requests[i].row, prefix, self.tokens[i], at, logits[i : i + 1].clone()))
+            row, own = self.requests[i].row, logits[i : i + 1].clone()
+            cases.append(Case(row, prefix, self.tokens[i], at, own, i))
         return [self.current_pass()], cases
 
     def current_pass(self) -> Pass:

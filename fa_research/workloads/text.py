@@ -161,7 +161,7 @@ class Text(Decoding):
     def _case(self, index: int, logits_MX: Tensor) -> Case:
         tokens = self.prompts[index] + self.generated[index][:-1]
         at = torch.arange(len(self.prompts[index]) - 1, len(tokens))
-        return Case(self.requests[index].row, 0, torch.tensor(tokens), at, logits_MX)
+        return Case(self.requests[index].row, 0, torch.tensor(tokens), at, logits_MX, index)
 
     def _last_prefill_pass(self) -> Pass:
         """The prompts' last chunks; all prompts are as long and share as much."""

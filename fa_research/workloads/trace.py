@@ -158,7 +158,8 @@ class TraceReplay(Decoding):
         for i in checked(self.config, len(self.requests)):
             row, prefix_len = stepped.rows[i], stepped.seq_lens[i] - 1
             logits_MX = self.decoder.logits_BX[i : i + 1].clone()
-            cases.append(Case(row, prefix_len, inputs_B[i : i + 1], torch.zeros_like(at), logits_MX))
+            own = inputs_B[i : i + 1]
+            cases.append(Case(row, prefix_len, own, torch.zeros_like(at), logits_MX, i))
         return [extended, stepped], cases
 
     def current_pass(self) -> Pass:

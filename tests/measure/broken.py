@@ -128,6 +128,23 @@ class NaNInLastRow(_Broken):
         return out_THV
 
 
+class OneHeadOff(_Broken):
+    """Head 1 of the second of two layers is three times as large as it should be, in decode steps alone."""
+
+    name = "one_head_off"
+
+    def __init__(self, settings: BackendSettings, specs: Sequence[AttentionSpec]) -> None:
+        super().__init__(settings, specs)
+        self.calls = 0
+
+    def attend(self, call: AttentionCall) -> AttentionOutput:
+        out, lse = super().attend(call)
+        self.calls += 1
+        if self.calls % 2 == 0 and call.metadata.q_len == 1:
+            out[:, 1] *= 3
+        return out, lse
+
+
 class LastRowOff(_Broken):
     """One query in a whole batch, in one layer of two, off by half a per cent."""
 

@@ -35,6 +35,7 @@ from tests.measure.broken import (
     LastRowOff,
     LongPrefillMixesPages,
     NaNInLastRow,
+    OneHeadOff,
     PrefillIsZero,
     Right,
     WindowOneWider,
@@ -114,6 +115,20 @@ def test_where_a_result_is_off_is_said(monkeypatch: pytest.MonkeyPatch, level: L
         f"(the token is in page {slot // 16}, slot {slot % 16} of it): result nan"
     )
     assert "2 of " in columns["attention_where"] and "in 2 of 36 queries" in columns["attention_where"]
+
+
+@pytest.mark.parametrize("workload", ["decode", "text"])
+def test_the_first_layer_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, workload: str) -> None:
+    passed, columns, _, _ = checked(monkeypatch, OneHeadOff, CAUSAL, workload, Level.model)
+    assert not passed
+    said = columns["logits_where"]
+    assert "wrong by itself, in a decode step, is that of layer 1, head 1: error" in said, said
+
+
+def test_where_no_layer_is_wrong_by_itself_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests read the first one's pages, so one request alone is right."""
+    passed, columns, _, _ = checked(monkeypatch, FirstTableForAll, CAUSAL, "decode", Level.model)
+    assert not passed and "each layer's attention is right" in columns["logits_where"]
 
 
 def test_logits_that_pass_float16_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
