@@ -15,6 +15,7 @@ from fa_research.compare.keys import short, text_of, title_of
 from fa_research.compare.out import writing_to
 from fa_research.compare.wording import number, percent
 from fa_research.tracking import CONSOLE
+from fa_research.tracking.screen import show
 
 
 def print_closure(closure: Closure) -> None:
@@ -25,7 +26,7 @@ def print_closure(closure: Closure) -> None:
         table.add_column(name, justify="right", overflow="fold")
     for cell in closure.cells:
         table.add_row(*map(Text, _line(closure, cell)))
-    CONSOLE.print(table)
+    show(table)
     for line in summary(closure):
         CONSOLE.print(Text(line))
     CONSOLE.print()

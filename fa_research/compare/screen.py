@@ -21,7 +21,9 @@ from fa_research.compare.wording import (
     regret_summary,
     summary,
 )
+from fa_research.text import plural
 from fa_research.tracking import CONSOLE
+from fa_research.tracking.screen import show
 
 
 def print_comparison(comparison: Comparison, *, regret: bool = False) -> None:
@@ -30,7 +32,7 @@ def print_comparison(comparison: Comparison, *, regret: bool = False) -> None:
     CONSOLE.print(
         Text(f"{comparison.question.title} by {quantity(comparison.metric)}, {better}", style="bold")
     )
-    CONSOLE.print(_cells_table(comparison))
+    show(_cells_table(comparison))
     for line in summary(comparison):
         CONSOLE.print(Text(line))
     if regret:
@@ -75,13 +77,13 @@ def _value(cell: Cell, label: str, verdict: Verdict) -> Text:
 
 def _print_regret(comparison: Comparison) -> None:
     found, cells = comparison.regrets
-    CONSOLE.print(Text(f"regret of one choice everywhere, over {cells} cells", style="bold"))
+    CONSOLE.print(Text(f"regret of one choice everywhere, over {plural(cells, 'cell')}", style="bold"))
     table = _table(comparison.question.title, "cells", "no number", "geometric mean", "worst")
     table.add_column("worst at", overflow="fold")
     for item in found:
         counts = (str(item.cells), str(item.failed), excess(item.mean), excess(Ratio(item.worst)))
         table.add_row(item.label, *counts, item.worst_cell.title if item.worst > 1 else "")
-    CONSOLE.print(table)
+    show(table)
     CONSOLE.print(Text(regret_summary(comparison)))
     CONSOLE.print()
     _print_map(comparison)
@@ -100,7 +102,7 @@ def _print_map(comparison: Comparison) -> None:
         numbers = (places.get(x) for x in drawn.xs)
         wins = [_wins(None if n is None else comparison.verdicts[n]) for n in numbers]
         table.add_row(*(text_of(value) for value in where.values()), *wins)
-    CONSOLE.print(table)
+    show(table)
 
 
 def _wins(verdict: Verdict | None) -> Text:

@@ -36,6 +36,8 @@ def test_it_shows_numbers_verdicts_and_what_they_rest_on(tmp_path: Path) -> None
     assert "always backend=fa3: 0.0 % worse" in text
     assert "which wins" in text
     assert "not the drift from one run to the next" in text
+    assert "regret of one choice everywhere, over 2 cells" in text
+    assert not [line for line in text.splitlines() if line.endswith(" ")], "in a pipe no line is filled up"
 
 
 def test_a_users_mistake_is_one_line_and_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
