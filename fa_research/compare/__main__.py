@@ -22,6 +22,7 @@ examples:
   python -m fa_research.compare experiments/decode_step --question kv.page_size --metric decode_step_host_us
   python -m fa_research.compare outputs/A outputs/B --question environment.gpu --out report
   python -m fa_research.compare outputs/attention_rows outputs/model_rows --closure --out report
+  python -m fa_research.compare --reproduce experiments/decode_step --cells 6
 
 Rows that are equal in everything but the question are compared; rows that are not `ok` are shown and never counted.
 """
@@ -55,6 +56,11 @@ def _add_what_is_asked(made: argparse.ArgumentParser) -> None:
         action="store_true",
         help="predict decode steps of rows with workload.level=model from rows with workload.level=attention",
     )
+    asked.add_argument(
+        "--reproduce",
+        action="store_true",
+        help="run a sample of the rows' cells again on this machine, and say how many land in their intervals",
+    )
 
 
 def _add_how_to_compare(made: argparse.ArgumentParser) -> None:
@@ -71,6 +77,10 @@ def _add_how_to_compare(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--tie", type=_percentage, default=1.0, metavar="PERCENT", help="smaller differences are ties; 1"
     )
+    made.add_argument(
+        "--cells", type=_count, metavar="N", help="with --reproduce: how many cells to run again; 10"
+    )
+    made.add_argument("--seed", type=int, help="with --reproduce: which cells are drawn; 0")
     made.add_argument("--better", choices=("lower", "higher"), help="where the metric's name does not say")
 
 
@@ -82,6 +92,12 @@ def _percentage(text: str) -> float:
     if not 0 <= value < 100:
         raise argparse.ArgumentTypeError(f"{text} is not a percentage from 0 to 100")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of cells, from 1")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +124,11 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.out is not None:
         require_free(options.out)
-    (_run_closure if options.closure else _run_question)(options)
+    if options.reproduce:
+        _run_reproduction(options)
+    else:
+        _refuse(options, "cells", "seed", to="--reproduce")
+        (_run_closure if options.closure else _run_question)(options)
     return SCREEN_LOST if CONSOLE.quiet else 0
 
 
@@ -141,6 +161,22 @@ def _run_question(options: argparse.Namespace) -> None:
         CONSOLE.print(publish(comparison), soft_wrap=True, markup=False)
 
 
+def _run_reproduction(options: argparse.Namespace) -> None:
+    from fa_research.compare.reproduce import reproduce, show, write_csv
+
+    _refuse(options, "metric", "regret", "ignore", "better", "wandb", to="--question")
+    cells, seed = options.cells or 10, options.seed or 0
+    found, folder = reproduce(options.paths, cells=cells, seed=seed, across=options.across, out=options.out)
+    write_csv(found, folder)
+    show(found, folder)
+
+
+def _refuse(options: argparse.Namespace, *names: str, to: str) -> None:
+    """Raises ConfigError for options that belong to another task."""
+    if given := [f"--{name}" for name in names if getattr(options, name) not in (None, False, [])]:
+        raise ConfigError(f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to {to}")
+
+
 def _say(written: Sequence[Path], folder: Path) -> None:
     from fa_research.tracking import CONSOLE
 
@@ -153,10 +189,7 @@ def _run_closure(options: argparse.Namespace) -> None:
     from fa_research.compare.closure import close
     from fa_research.compare.closure_files import print_closure, write_closure
 
-    unused = {"--metric": options.metric, "--regret": options.regret, "--ignore": options.ignore}
-    unused |= {"--better": options.better, "--wandb": options.wandb}
-    if given := [name for name, value in unused.items() if value]:
-        raise ConfigError(f"{' and '.join(given)} belong to --question; --closure takes --across and --out")
+    _refuse(options, "metric", "regret", "ignore", "better", "wandb", to="--question")
     closure = close(options.paths, across=options.across)
     try:
         written = write_closure(closure, options.out) if options.out else []

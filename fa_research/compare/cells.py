@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from fa_research.compare.estimates import Estimate, estimate
+from fa_research.compare.estimates import Estimate, estimate, in_turns, pooled
 from fa_research.compare.keys import (
     ABSENT,
     NOT_MATCHED,
     Question,
+    changes_result,
     order_of,
     readable,
     text_of,
@@ -22,13 +23,16 @@ from fa_research.compare.keys import (
 from fa_research.compare.machines import asked_facts, differing_facts, mixed_notes, refuse_mixed
 from fa_research.compare.reading import TIMED, Record
 from fa_research.compare.step_work import REQUESTS, TOKENS, UnequalWork, by_work, step_work, unequal_words
+from fa_research.compare.trust import cell_reason, is_time, timed_together
 from fa_research.errors import ConfigError
+from fa_research.text import plural
 from fa_research.tracking import Status
 
 _MOST_PAIRS = 200_000  # looked at to explain an empty comparison
 _RAN = ("cuda_graph_mode", "dtype", "triton_interpreter")  # facts of the environment that decide a time
 _TAKEN = ("timing_method", "timing_l2")
 _MOST_KEYS = 6
+CHANGES = "changes the result"
 
 
 @dataclass(eq=False)
@@ -38,6 +42,7 @@ class Entry:
     label: str
     record: Record
     estimate: Estimate | None
+    runs: list[Record] = field(default_factory=list)  # those the number is of, the latest first
 
     @property
     def status(self) -> str:
@@ -54,6 +59,10 @@ class Cell:
 
     where: dict[str, Any]
     entries: dict[str, Entry] = field(default_factory=dict)
+    unjudged: str = ""  # why none of its answers may win
+    in_turns: dict[str, Estimate] = field(
+        default_factory=dict
+    )  # ratios of `measure.against`, if all have them
 
     @property
     def measured(self) -> dict[str, Estimate]:
@@ -63,6 +72,12 @@ class Cell:
     @property
     def title(self) -> str:
         return title_of(self.where)
+
+
+def _is_rerun(later: Record, earlier: Record) -> bool:
+    """Whether two rows of one cell are of one config and one kind of GPU: two runs, whatever else differs."""
+    same = later.hash == earlier.hash and later.machine.get("gpu") == earlier.machine.get("gpu")
+    return same and all(record.row.status is Status.ok for record in (later, earlier))
 
 
 @dataclass
@@ -86,9 +101,7 @@ class Matching:
         """
         asked = [record for record in records if self.question.label(record) is not None]
         if left := len(records) - len(asked):
-            self.notes.append(
-                f"{left} row{'s have' if left > 1 else ' has'} no {self.question.name}: left out"
-            )
+            self.notes.append(f"{plural(left, 'row has', 'rows have')} no {self.question.name}: left out")
         groups: dict[tuple[Any, ...], list[Record]] = {}
         for record in asked:
             groups.setdefault(self._signature(record), []).append(record)
@@ -103,7 +116,7 @@ class Matching:
             raise ConfigError(self._why_empty(asked))
         if alone := len(asked) - len({id(record) for part in matched for record in part}):
             self.notes.append(
-                f"{alone} row{'s have' if alone > 1 else ' has'} no other to be compared with: left out"
+                f"{plural(alone, 'row has', 'rows have')} no other to be compared with: left out"
             )
         self._note_what_ran(matched)
         self.notes += mixed_notes(self.question, matched)
@@ -152,7 +165,8 @@ class Matching:
         keys = [key for key in varying(everyone) if not self._is_free(key)]
         keys = readable(keys, everyone)
         machine = differing_facts(everyone, self._facts)
-        cells, repeated = [], 0
+        cells, repeated, several = [], 0, 0
+        together = {id(record) for record in timed_together(everyone)}
         for members in matched:
             cell = Cell({key: members[0].config.get(key, ABSENT) for key in keys})
             cell.where |= {key: members[0].machine.get(key, ABSENT) for key in machine}
@@ -161,13 +175,40 @@ class Matching:
             for record in sorted(members, key=lambda record: record.row.finished):
                 label = self.question.label(record)
                 assert label is not None
-                repeated += label in cell.entries
-                ok = record.row.status is Status.ok
-                cell.entries[label] = Entry(label, record, estimate(record, self.metric) if ok else None)
+                before = cell.entries.get(label)
+                runs = [record, *(before.runs if before and _is_rerun(record, before.record) else [])]
+                repeated += before is not None and len(runs) == 1
+                several += len(runs) > 1
+                cell.entries[label] = Entry(label, record, self._number(runs), runs)
+            self._judgeable(cell, together)
             cells.append(cell)
         if repeated:
-            self.notes.append(f"{repeated} rows have a later one in the same cell: the latest of each counts")
+            have = plural(repeated, "row has", "rows have")
+            self.notes.append(f"{have} a later one in the same cell: the latest of each counts")
+        if several:
+            self.notes.append(
+                f"{plural(several, 'row is an earlier run', 'rows are earlier runs')} of a config on another machine "
+                "or version: the geometric mean of all its runs counts"
+            )
         return sorted(cells, key=lambda cell: [order_of(value) for value in cell.where.values()])
+
+    def _judgeable(self, cell: Cell, together: set[int]) -> None:
+        """Whether the cell's numbers may be ranked, and whether by `measure.against`."""
+        counted = [entry.record for entry in cell.entries.values() if entry.estimate is not None]
+        cell.unjudged = cell_reason(counted, self.metric, together)
+        if not cell.unjudged and is_time(self.metric) and changes_result(self.question.name):
+            cell.unjudged = f"{self.question.title} {CHANGES}"
+        turns = {label: in_turns(cell.entries[label].record, self.metric) for label in cell.measured}
+        known = {label: number for label, number in turns.items() if number is not None}
+        one = len({str(record.config.get("measure.against")) for record in counted}) == 1
+        cell.in_turns = known if one and len(known) == len(turns) else {}
+
+    def _number(self, runs: Sequence[Record]) -> Estimate | None:
+        if runs[0].row.status is not Status.ok:
+            return None
+        if len(runs) == 1:
+            return estimate(runs[0], self.metric)
+        return pooled([one for record in runs for one in (record, *record.replicates)], self.metric)
 
     def _note_what_ran(self, matched: Sequence[Sequence[Record]]) -> None:
         """What differs within cells though nobody asked for it: a backend that cannot be captured runs eagerly."""

@@ -19,6 +19,7 @@ from fa_research.compare.keys import ABSENT, order_of, readable, text_of, varyin
 from fa_research.compare.machines import dirty_files, dirty_words
 from fa_research.compare.reading import Record, load, told_on_failure
 from fa_research.errors import ConfigError
+from fa_research.text import plural
 from fa_research.tracking import Status
 
 STEP = "decode_step_us"
@@ -160,7 +161,7 @@ def _what_is_missing(records: Sequence[Record], kernels: list[Record], models: l
         needs.append(f"rows of workload=decode with workload.level=attention and {STEP}")
     if not models:
         needs.append(f"rows of workload=decode with workload.level=model and {STEP}")
-    given = f"{len(records)} row{'s' * (len(records) != 1)} with workload.level {' and '.join(levels)}"
+    given = f"{plural(len(records), 'row')} with workload.level {' and '.join(levels)}"
     return f"a closure needs {' and '.join(needs)}, with status ok; given: {given}"
 
 

@@ -12,8 +12,9 @@ from rich.text import Text
 from fa_research.compare.closure import STEP, VARIANTS, Closed, Closure
 from fa_research.compare.closure_ledger import MISSED, missed, missed_line
 from fa_research.compare.keys import short, text_of, title_of
+from fa_research.compare.names import number, percent
 from fa_research.compare.out import writing_to
-from fa_research.compare.wording import number, percent
+from fa_research.text import plural
 from fa_research.tracking import CONSOLE
 from fa_research.tracking.screen import show
 
@@ -38,7 +39,7 @@ def summary(closure: Closure) -> list[str]:
     """The median and the worst error of each way to predict, and what bytes leave out."""
     return [
         f"{variant}: {percent(middle)} off at the median, {_signed(worst)} at worst (at {title_of(cell.where)}), over "
-        f"{count} cell{'s' * (count != 1)}"
+        f"{plural(count, 'cell')}"
         for variant, (middle, worst, cell, count) in closure.summary().items()
     ] + missed_line(closure)
 

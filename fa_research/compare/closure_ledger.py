@@ -5,7 +5,8 @@ from __future__ import annotations
 from statistics import median
 
 from fa_research.compare.closure import STEP, Closed, Closure
-from fa_research.compare.wording import percent
+from fa_research.compare.names import percent
+from fa_research.text import plural
 
 _PATH = ("host_plan", "metadata", "kv_write", "attention", "combine")
 MISSED = ("attention path", "model", "sampling", "gap", "no part")
@@ -43,5 +44,5 @@ def missed_line(closure: Closure) -> list[str]:
     said = ", ".join(
         f"{part} {'+' if share >= 0 else '-'}{percent(abs(share))}" for part, share in shares.items()
     )
-    cells = f"{len(found)} cell{'s' * (len(found) != 1)}"
+    cells = plural(len(found), "cell")
     return [f"what bytes miss, by the ledgers of {cells}, of the step at the median: {said}"]

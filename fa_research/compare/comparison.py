@@ -9,9 +9,10 @@ from pathlib import Path
 
 from fa_research.compare.cells import Cell, Matching
 from fa_research.compare.estimates import How, choose_metric, higher_is_better
-from fa_research.compare.keys import Question, ask, resolve
+from fa_research.compare.keys import Question, ask, changes_result, resolve
 from fa_research.compare.machines import mixed_code
 from fa_research.compare.reading import Record, load, told_on_failure
+from fa_research.compare.trust import contention, is_time
 from fa_research.compare.verdicts import Regret, Verdict, judge, regrets
 from fa_research.errors import ConfigError
 
@@ -48,6 +49,21 @@ class Comparison:
     def verdicts(self) -> list[Verdict]:
         """One for each cell."""
         return [judge(cell, higher=self.higher, tie=self.tie) for cell in self.cells]
+
+    @property
+    def ranked(self) -> bool:
+        """Whether any cell has a verdict: one answer beats another there, or ties."""
+        return any(verdict.best for verdict in self.verdicts)
+
+    @property
+    def weighs_quality(self) -> bool:
+        """Whether the answers change what is computed, so that a time alone chooses none of them."""
+        return is_time(self.metric) and changes_result(self.question.name)
+
+    @property
+    def drift(self) -> float:
+        """The fraction below which two numbers of different runs are never ranked; 0 where all took turns."""
+        return max((max(v.drift.values(), default=0.0) for v in self.verdicts), default=0.0)
 
     @cached_property
     def regrets(self) -> tuple[list[Regret], int]:
@@ -111,6 +127,7 @@ def compare(
         if not any(cell.measured for cell in cells):
             raise ConfigError(_no_number(chosen, cells))
     better_high = higher_is_better(chosen) if higher is None else higher
+    notes += contention(records, chosen)
     return Comparison(asked, chosen, better_high, tie, records, cells, notes, others)
 
 

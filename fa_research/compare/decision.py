@@ -66,5 +66,7 @@ def decision_map(cells: Sequence[Cell]) -> DecisionMap | None:
 
 
 def winner(verdict: Verdict) -> str:
-    """The answer that wins, `tie`, or `none`."""
+    """The answer that wins, `tie`, `not judged`, or `none`."""
+    if verdict.unjudged:
+        return "not judged"
     return "tie" if verdict.is_tie else verdict.best[0] if verdict.best else "none"

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from statistics import quantiles
 
+import numpy as np
+
+from fa_research.compare.drift import Z95, Drift
 from fa_research.compare.keys import near
 from fa_research.compare.reading import Record, is_number
+from fa_research.compare.trust import is_time, on_cpu
 from fa_research.errors import ConfigError
-from fa_research.measure.bootstrap import FEWEST_SAMPLES, Draws, interval, median_draws, normal_draws
+from fa_research.measure.bootstrap import (
+    DRAWS,
+    FEWEST_SAMPLES,
+    Draws,
+    interval,
+    median_draws,
+    normal_draws,
+)
 from fa_research.tracking import Status
 
 _HIGHER_IS_BETTER = ("_per_s", "_fraction", "_hit_rate")
@@ -40,18 +52,33 @@ class How(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A median, how it might have come out (float64 [draws], None: not known), and where the samples lay."""
+    """A median (of several runs the geometric mean of theirs), and how it might have come out.
+
+    Attributes:
+        draws: float64 [draws]: within a run (None where no spread was kept, and nothing is known of other runs) and
+            from run to run.
+        p10, p90: where the samples of the latest run lay.
+        run_sd: standard deviation between runs of the log of a median (`drift.py`); 0 for what is no time.
+        runs: how many runs `value` is of.
+    """
 
     value: float
     how: How
     draws: Draws | None = None
     p10: float | None = None
     p90: float | None = None
+    run_sd: float = 0.0
+    runs: int = 1
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval of the median."""
         return None if self.draws is None else interval(self.draws)
+
+    @property
+    def sd(self) -> float:
+        """What runs add to the standard deviation of the log of `value`."""
+        return self.run_sd / self.runs**0.5
 
 
 @dataclass(frozen=True)
@@ -66,19 +93,60 @@ class Ratio:
 def estimate(record: Record, metric: str) -> Estimate | None:
     """The record's number; None where it has none that is finite and positive."""
     if metric not in record.estimates:
-        record.estimates[metric] = _estimate(record, metric)
+        record.estimates[metric] = pooled([record, *record.replicates], metric)
     found: Estimate | None = record.estimates[metric]
     return found
 
 
-def _estimate(record: Record, metric: str) -> Estimate | None:
+def pooled(records: Sequence[Record], metric: str) -> Estimate | None:
+    """The number of one config from the rows of all its runs, the latest first; None where the latest has none."""
+    made = [found for record in records if (found := within_run(record, metric))]
+    latest = within_run(records[0], metric)
+    if latest is None or not is_time(metric):
+        return latest
+    kind = kind_of(records[0])
+    _pool(records[0].drift, metric)
+    run_sd = records[0].drift.sd(kind, metric)
+    value = (
+        math.exp(sum(math.log(found.value) for found in made) / len(made)) if len(made) > 1 else latest.value
+    )
+    seed = zlib.crc32(f"between {records[0].hash} {records[0].row.started}".encode())
+    noise = np.random.default_rng(seed).normal(0.0, run_sd / len(made) ** 0.5, DRAWS)
+    noise = -noise if higher_is_better(metric) else noise  # a slow run has long times and low rates
+    logs = [
+        np.full(DRAWS, math.log(found.value)) if found.draws is None else np.log(found.draws)
+        for found in made
+    ]
+    draws = np.exp(np.mean(logs, axis=0) + noise)
+    return Estimate(value, latest.how, draws, latest.p10, latest.p90, run_sd, len(made))
+
+
+def kind_of(record: Record) -> str:
+    """`gpu` or `cpu`, the kinds of device that `drift.py` knows."""
+    return "cpu" if on_cpu(record) else "gpu"
+
+
+def _pool(drift: Drift, metric: str) -> None:
+    """Put the replicates of this metric into the drift's pool, once."""
+    if metric in drift.metrics:
+        return
+    drift.metrics.add(metric)
+    for group in drift.groups:
+        runs = [found for record in group if (found := within_run(record, metric))]
+        if len(runs) > 1:
+            values = [found.value if found.draws is None else found.draws for found in runs]
+            drift.add(kind_of(group[0]), metric, values)
+
+
+def within_run(record: Record, metric: str) -> Estimate | None:
+    """The number of one row, with what its own samples say of it."""
     value = _positive(record, metric)
     if value is None:
         return None
     time_us = metric
     if metric.endswith(_RATE):
         time_us = metric.removesuffix(_RATE).removesuffix("_computed").removesuffix("_prompt") + "_us"
-    if time_us != metric and (time := estimate(record, time_us)) and time.draws is not None:
+    if time_us != metric and (time := within_run(record, time_us)) and time.draws is not None:
         scale = value * time.value  # a rate is this over a time
         p10, p90 = (None if other is None else scale / other for other in (time.p90, time.p10))
         return Estimate(value, time.how, scale / time.draws, p10, p90)
@@ -106,6 +174,18 @@ def ratio(above: Estimate, below: Estimate) -> Ratio:
     if above.draws is None or below.draws is None:
         return Ratio(value)
     return Ratio(value, *interval(above.draws / below.draws))
+
+
+def in_turns(record: Record, metric: str) -> Estimate | None:
+    """`metric` over that of the reference of `measure.against`, timed in turns in one process, so that the drift
+    between runs cancels; None where the row has none."""
+    stem = metric.removesuffix("_us")
+    value, low, high = (_positive(record, f"{stem}_against_{name}") for name in ("ratio", "low", "high"))
+    if value is None or low is None or high is None or not metric.endswith("_us"):
+        return None
+    seed = zlib.crc32(f"against {record.hash} {record.row.started} {metric}".encode())
+    noise = np.random.default_rng(seed).normal(0.0, math.log(high / low) / (2 * Z95), DRAWS)
+    return Estimate(value, How.rough, value * np.exp(noise))
 
 
 def higher_is_better(metric: str) -> bool:

@@ -10,15 +10,8 @@ from typing import Any
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.estimates import Ratio
 from fa_research.compare.keys import short, text_of
-from fa_research.compare.wording import (
-    caveats,
-    excess,
-    number,
-    outcome,
-    quantity,
-    regret_summary,
-    summary,
-)
+from fa_research.compare.names import number, quantity
+from fa_research.compare.wording import caveats, excess, outcome, regret_summary, summary
 
 
 def write_csv(comparison: Comparison, folder: Path) -> list[Path]:
@@ -26,7 +19,7 @@ def write_csv(comparison: Comparison, folder: Path) -> list[Path]:
     cells = folder / "cells.csv"
     keys = list(comparison.cells[0].where)
     head = [*keys, comparison.question.title, "status", comparison.metric, "low", "high", "interval"]
-    head += ["cost", "cost_low", "cost_high", "best", "config_hash", "row"]
+    head += ["cost", "cost_low", "cost_high", "best", "not_judged", "config_hash", "row"]
     lines = []
     for cell, verdict in zip(comparison.cells, comparison.verdicts, strict=True):
         for label, entry in cell.entries.items():
@@ -34,10 +27,11 @@ def write_csv(comparison: Comparison, folder: Path) -> list[Path]:
             if entry.estimate is None:
                 line += [None] * 7 + [False]
             else:
-                cost = verdict.costs[label]
+                cost = verdict.costs.get(label)
                 line += [entry.estimate.value, *(entry.estimate.interval or (None, None)), entry.estimate.how]
-                line += [cost.value, cost.low, cost.high, label in verdict.best]
-            lines.append([*line, entry.record.hash, entry.record.place])
+                line += [None] * 3 if cost is None else [cost.value, cost.low, cost.high]
+                line += [None if verdict.unjudged else label in verdict.best]
+            lines.append([*line, verdict.unjudged, entry.record.hash, entry.record.place])
     _write(cells, head, lines)
     regret = folder / "regret.csv"
     found, _ = comparison.regrets
@@ -72,14 +66,9 @@ def _markdown(comparison: Comparison, figures: Sequence[tuple[str, str]]) -> lis
     lines += ["", *cells_table(comparison), ""]
     for title, name in figures:
         lines += [f"![{title}]({name})", ""]
-    lines += [
-        "## One choice everywhere",
-        "",
-        regret_summary(comparison),
-        "",
-        *_table(*_regret(comparison)),
-        "",
-    ]
+    lines += ["## One choice everywhere", "", regret_summary(comparison), ""]
+    if len(comparison.cells) > 1 and comparison.regrets[0]:
+        lines += [*_table(*_regret(comparison)), ""]
     lines += ["## Notes", "", *(f"- {line}" for line in [*caveats(comparison), *comparison.notes])]
     lines += ["", "## Rows", "", *_table(*_rows(comparison))]
     return lines

@@ -13,6 +13,8 @@ from fa_research.tracking.columns import format_value
 
 # Where and how results are made and kept; not part of the config hash either.
 NOT_MATCHED = ("study", "tracking", "sweep", "measure.timeout_s")
+# What these change is computed, not only how long it takes.
+_OF_THE_RESULT = ("model", "kv.dtype", "sampling", "seed")
 ENVIRONMENT = "environment."
 ABSENT = "absent"
 
@@ -20,6 +22,11 @@ ABSENT = "absent"
 def within(key: str, name: str) -> bool:
     """Whether `key` is `name` or lies in the group of that name."""
     return key == name or key.startswith(f"{name}.")
+
+
+def changes_result(name: str) -> bool:
+    """Whether other values of this key or group compute something else, and not the same in another way."""
+    return any(within(name, key) for key in _OF_THE_RESULT)
 
 
 @dataclass(frozen=True)

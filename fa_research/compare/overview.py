@@ -13,6 +13,7 @@ from fa_research.compare.estimates import MAIN, choose_metric, higher_is_better
 from fa_research.compare.keys import Question, question_of, readable, varying, within
 from fa_research.compare.reading import Record, load
 from fa_research.compare.step_work import UnequalWork
+from fa_research.compare.trust import contention
 from fa_research.errors import ConfigError
 from fa_research.tracking import Status
 
@@ -157,6 +158,7 @@ def _compare(
             continue
         if not any(cell.measured for cell in cells):
             return None
+        said += [] if alone else contention(members, metric)
         notes += said
         return Comparison(question, metric, higher_is_better(metric), TIE, records, cells, said)
     return None

@@ -9,17 +9,12 @@ from fa_research.compare.comparison import Comparison
 from fa_research.compare.estimates import Ratio
 from fa_research.compare.html import MOST_BYTES, bullets, figure, frame, listing, machine, sentence, table
 from fa_research.compare.keys import ABSENT, readable, short, text_of, varying
+from fa_research.compare.names import number, quantity
+from fa_research.compare.no_verdict import banner, verdict_title
 from fa_research.compare.reading import Record
 from fa_research.compare.verdicts import Regret
-from fa_research.compare.wording import (
-    caveats,
-    excess,
-    number,
-    outcome,
-    quantity,
-    regret_summary,
-    summary,
-)
+from fa_research.compare.wording import caveats, excess, outcome, regret_summary, summary
+from fa_research.text import plural
 from fa_research.tracking import Status
 from fa_research.tracking.columns import flat, format_value
 
@@ -54,16 +49,18 @@ def _body(
     comparison: Comparison, figures: Sequence[tuple[str, str]], title: str, details: bool, left_out: int
 ) -> Iterable[str]:
     yield from _opening(comparison, title)
-    yield _contents(bool(figures))
+    yield _contents(bool(figures), _has_regret(comparison))
     if figures:
         yield '<h2 id="figures">Figures</h2><p class="small">Points, ticks and fields lead to their rows.</p>'
         yield from (figure(svg, caption) for svg, caption in figures)
     if left_out:
-        yield f'<p class="small">{left_out} figures are too large for this page: they are PNGs beside it.</p>'
+        count = plural(left_out, "figure is", "figures are")
+        yield f'<p class="small">{count} too large for this page, and beside it as PNG.</p>'
     yield '<h2 id="cells">Every cell</h2>'
     yield from cells_table(comparison)
-    yield '<h2 id="regret">Regret of one choice everywhere</h2>'
-    yield from regret_table(comparison)
+    if _has_regret(comparison):
+        yield '<h2 id="regret">Regret of one choice everywhere</h2>'
+        yield from regret_table(comparison)
     yield '<h2 id="notes">Notes</h2>'
     notes = [*caveats(comparison), *comparison.notes]
     yield bullets(map(sentence, notes))
@@ -75,11 +72,16 @@ def _opening(comparison: Comparison, title: str) -> Iterable[str]:
     used = [entry.record for cell in comparison.cells for entry in cell.entries.values() if entry.estimate]
     yield f"<h1>{escape(title)}</h1>"
     yield f'<p class="muted">{escape(machine(used, comparison.records))}</p>'
+    yield banner_box(comparison)
     yield f'<p class="lead">{escape(sentence(regret_summary(comparison)))}</p>'
     yield bullets(summary(comparison))
 
 
-def _contents(with_figures: bool) -> str:
+def _has_regret(comparison: Comparison) -> bool:
+    return len(comparison.cells) > 1 and bool(comparison.regrets[0])
+
+
+def _contents(with_figures: bool, with_regret: bool) -> str:
     sections = {
         "figures": "Figures",
         "cells": "Every cell",
@@ -90,9 +92,15 @@ def _contents(with_figures: bool) -> str:
     links = (
         f'<a href="#{name}">{text}</a>'
         for name, text in sections.items()
-        if with_figures or name != "figures"
+        if (with_figures or name != "figures") and (with_regret or name != "regret")
     )
     return f"<nav>{''.join(links)}</nav>"
+
+
+def banner_box(comparison: Comparison) -> str:
+    """What a reader must know before any number: that there is no verdict, and why; "" where there is one."""
+    said = banner(comparison)
+    return f'<p class="banner" role="note">{escape(sentence(said))}</p>' if said else ""
 
 
 def cells_table(comparison: Comparison) -> Iterable[str]:
@@ -111,11 +119,10 @@ def cells_table(comparison: Comparison) -> Iterable[str]:
             line += f'<td class="{kind}"><a href="#row-{comparison.number_of(entry.record)}">{escape(text)}</a></td>'
         line += f'<td class="wrap">{escape(outcome(comparison, cell, verdict))}</td>'
         lines.append(f'<tr id="{comparison.anchor}-{place}">{line}</tr>')
-    yield table([*head, ("best, and how the next compares", "text")], lines)
-    yield (
-        f'<p class="small">{escape(quantity(comparison.metric).capitalize())}, medians; what no other beats is marked. '
-        "In brackets the 95 % interval of the difference.</p>"
-    )
+    yield table([*head, (verdict_title(comparison), "text")], lines)
+    marked = "; what no other beats is marked. In brackets the 95 % interval of the difference."
+    said = f"{quantity(comparison.metric).capitalize()}, medians{marked if comparison.ranked else '.'}"
+    yield f'<p class="small">{escape(said)}</p>'
 
 
 def regret_table(comparison: Comparison) -> Iterable[str]:

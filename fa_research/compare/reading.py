@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,14 +10,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeGuard
 
-from fa_research.compare.row_files import read_series, row_files
+from fa_research.compare.drift import Drift
+from fa_research.compare.row_files import read_series, row_files, what_it_is
 from fa_research.config import WORKLOADS, Config, config_hash, to_plain
 from fa_research.config.hashing import NOT_HASHED
 from fa_research.errors import ConfigError, FaResearchError
+from fa_research.text import plural
 from fa_research.tracking import ROWS_FILE, Row, Status
 from fa_research.tracking.columns import flat
 from fa_research.tracking.environment import NOT_TIMED
-from fa_research.tracking.records import numbered_rows
+from fa_research.tracking.records import rows_and_torn
 from fa_research.tracking.wandb_mirror import SERIES_FILE
 
 TIMED = frozenset({Status.ok, Status.suspect, Status.inaccurate})
@@ -27,6 +28,7 @@ _CPU = ("cpu", "cpu_threads")  # they count where there is no GPU
 # Facts of the code.
 PACKAGE, COMMIT = "code.package", "git_commit"
 NO_FINGERPRINT = "made before fingerprints"
+_MOST_TORN = 5  # lines of one file that are named singly
 _SWEEP_FILES = (ROWS_FILE, "multirun.yaml")
 
 
@@ -40,6 +42,8 @@ class Record:
         filled: the keys of `config` that are such defaults.
         estimates: what `estimates.estimate` has made of its metrics so far.
         plugins: the digests of the user's modules that tell its code from that of other rows, by fact.
+        replicates: earlier runs of the same config by the same code on the same kind of machine.
+        drift: how much runs differ, of all records that were read together.
     """
 
     row: Row
@@ -49,6 +53,8 @@ class Record:
     filled: frozenset[str] = frozenset()
     estimates: dict[str, Any] = field(default_factory=dict)
     plugins: dict[str, str] = field(default_factory=dict)
+    replicates: list[Record] = field(default_factory=list)
+    drift: Drift = field(default_factory=Drift)
 
     @property
     def place(self) -> str:
@@ -153,14 +159,22 @@ def load(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
     """
     notes: list[str] = []
     records: list[Record] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for path in row_files(paths):
-            records += [Record(row, path, line) for line, row in numbered_rows(path)]
-    notes += [str(warning.message) for warning in caught]
+    empty: list[str] = []
+    for path in row_files(paths):
+        rows, torn = rows_and_torn(path)
+        records += [Record(row, path, line) for line, row in rows]
+        what = "" if rows else what_it_is(path, torn)
+        empty += [f"{path} {what}"] if what else []
+        if rows and len(torn) > _MOST_TORN:
+            notes += _told_once(path, torn)
+        elif len(torn) <= _MOST_TORN and not what.startswith("is "):
+            notes += torn
     with told_on_failure(notes):
         if not records:
-            raise ConfigError(f"no rows in {', '.join(map(str, paths))}: the files are empty or torn")
+            shown = "; ".join(empty[:_MOST_TORN]) + (
+                f"; and {len(empty) - _MOST_TORN} more" * (len(empty) > _MOST_TORN)
+            )
+            raise ConfigError(f"no rows: {shown}. A row is a line of a rows.jsonl that run.py writes")
     for record in records:
         _drop_what_is_wrong(record, notes)
         _fill_in(record)
@@ -182,6 +196,15 @@ def _tell_plugins_apart(records: Sequence[Record]) -> None:
         if record.code:
             own = several | (record.code.get("plugins") or {})
             record.plugins = {f"code.plugins.{module}": own[module] for module in several}
+
+
+def _told_once(path: Path, torn: Sequence[str]) -> list[str]:
+    """One note for all the lines of a file that are no rows."""
+    if not torn:
+        return []
+    reason = torn[0].partition("skipped ")[2].strip("()")
+    lines = plural(len(torn), "line is no row and was", "lines are no rows and were")
+    return [f"{path}: {lines} skipped; the first: {reason}"]
 
 
 def _drop_what_is_wrong(record: Record, notes: list[str]) -> None:
@@ -231,7 +254,7 @@ def _version_notes(records: Iterable[Record]) -> list[str]:
     keys = sorted({key for record in old for key in record.filled})
     shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
     return [
-        f"{len(old)} row{'s are' if len(old) > 1 else ' is'} of another version of fa_research, without the keys "
+        f"{plural(len(old), 'row is', 'rows are')} of another version of fa_research, without the keys "
         f"{shown}: today's defaults stand in for them"
     ]
 
@@ -253,16 +276,28 @@ def _same_sweep(one: Record, other: Record) -> bool:
     return one.sweep is not None and one.sweep == other.sweep
 
 
+def _is_replicate(later: Record, earlier: Record) -> bool:
+    """Whether these are two runs of one code. Rows with uncommitted changes and without a fingerprint may be of two."""
+    both = (later, earlier)
+    if any(record.row.status is not Status.ok for record in both) or later.machine != earlier.machine:
+        return False
+    return all(record.code or not record.row.environment.get("git_dirty") for record in both)
+
+
 def _latest(records: Sequence[Record], notes: list[str]) -> list[Record]:
-    """One record for each config and machine, the one that finished last; a failed one gives way to any later one, and
-    one that its sweep has made again, as it does where the code has changed, to the newer one."""
+    """One record for each config and machine, the one that finished last, with the others as its replicates where the
+    same code made them. A failed one gives way to any later one, and one that its sweep has made again, as it does
+    where the code has changed, to the newer one."""
     kept: list[Record] = []
     dropped: list[Record] = []
+    drift = Drift()
     newest: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.row.finished, reverse=True):
         later = newest.setdefault(record.hash, []) if record.hash else []
         failed = record.row.status not in TIMED
-        if any(failed or other.machine == record.machine or _same_sweep(other, record) for other in later):
+        if run := next((other for other in later if _is_replicate(other, record)), None):
+            run.replicates.append(record)
+        elif any(failed or other.machine == record.machine or _same_sweep(other, record) for other in later):
             dropped.append(record)
         else:
             later.append(record)
@@ -270,8 +305,17 @@ def _latest(records: Sequence[Record], notes: list[str]) -> list[Record]:
     if dropped:
         names = ", ".join(sorted({record.hash for record in dropped})[:5])
         notes.append(
-            f"{len(dropped)} row{'s' * (len(dropped) > 1)} of configs that were measured again later "
+            f"{plural(len(dropped), 'row')} of configs that were measured again later "
             f"({names}{', ...' if len({r.hash for r in dropped}) > 5 else ''}): the latest of each counts"
+        )
+    drift.groups = [[record, *record.replicates] for record in kept if record.replicates]
+    for record in records:
+        record.drift = drift
+    if drift.groups:
+        runs = sum(map(len, drift.groups))
+        notes.append(
+            f"{plural(len(drift.groups), 'config was', 'configs were')} measured in several runs ({runs} rows): the "
+            "geometric mean of their medians counts, with the variance between runs in its interval"
         )
     order = {id(record): number for number, record in enumerate(records)}
     return sorted(kept, key=lambda record: order[id(record)])

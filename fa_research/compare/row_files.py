@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fa_research.errors import ConfigError
+from fa_research.text import plural
 from fa_research.tracking.wandb_mirror import SERIES_FILE
 
 _MOST_NAMED = 5
@@ -35,6 +36,19 @@ def _other_files(folder: Path) -> str:
         return ""
     more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
     return f"; if these hold rows, give them by name: {', '.join(others[:_MOST_NAMED])}{more}"
+
+
+def what_it_is(path: Path, torn: Sequence[str]) -> str:
+    """Of a file without rows, why it has none: `is empty`, `is no text`, or what its first line lacks."""
+    data = path.read_bytes()[:4096]
+    if not data.strip():
+        return "is empty"
+    if b"\0" in data:
+        return "is no text file"
+    if path.suffix not in (".jsonl", ".json"):
+        return f"is no JSON lines but {path.suffix or 'another kind of file'}"
+    reason = torn[0].partition("skipped ")[2].strip("()") if torn else "no line holds anything"
+    return f"has {plural(len(torn), 'line', 'lines')}, none of them a row (the first: {reason})"
 
 
 def read_series(path: Path) -> list[tuple[str, list[Any]]]:

@@ -11,16 +11,10 @@ from fa_research.compare.comparison import Comparison
 from fa_research.compare.decision import decision_map
 from fa_research.compare.estimates import Ratio
 from fa_research.compare.keys import short, text_of
+from fa_research.compare.names import number, quantity
+from fa_research.compare.no_verdict import banner, verdict_title
 from fa_research.compare.verdicts import Verdict
-from fa_research.compare.wording import (
-    caveats,
-    excess,
-    number,
-    outcome,
-    quantity,
-    regret_summary,
-    summary,
-)
+from fa_research.compare.wording import caveats, excess, outcome, regret_summary, summary
 from fa_research.text import plural
 from fa_research.tracking import CONSOLE
 from fa_research.tracking.screen import show
@@ -32,6 +26,8 @@ def print_comparison(comparison: Comparison, *, regret: bool = False) -> None:
     CONSOLE.print(
         Text(f"{comparison.question.title} by {quantity(comparison.metric)}, {better}", style="bold")
     )
+    if said := banner(comparison):
+        CONSOLE.print(Text(said, style="bold yellow"), soft_wrap=True)
     show(_cells_table(comparison))
     for line in summary(comparison):
         CONSOLE.print(Text(line))
@@ -57,7 +53,7 @@ def _table(*columns: str) -> Table:
 def _cells_table(comparison: Comparison) -> Table:
     keys = list(comparison.cells[0].where)
     table = _table(*(short(key, keys) for key in keys), *comparison.labels)
-    table.add_column("best, and how the next compares", overflow="fold")
+    table.add_column(verdict_title(comparison), overflow="fold")
     for cell, verdict in zip(comparison.cells, comparison.verdicts, strict=True):
         values = [_value(cell, label, verdict) for label in comparison.labels]
         where = [text_of(value) for value in cell.where.values()]
@@ -77,6 +73,9 @@ def _value(cell: Cell, label: str, verdict: Verdict) -> Text:
 
 def _print_regret(comparison: Comparison) -> None:
     found, cells = comparison.regrets
+    if len(comparison.cells) < 2 or not found:
+        CONSOLE.print(Text(regret_summary(comparison)))
+        return
     CONSOLE.print(Text(f"regret of one choice everywhere, over {plural(cells, 'cell')}", style="bold"))
     table = _table(comparison.question.title, "cells", "no number", "geometric mean", "worst")
     table.add_column("worst at", overflow="fold")

@@ -15,6 +15,8 @@ body { margin: 0; background: var(--bg); color: var(--fg);
 main { max-width: 1200px; margin: 0 auto; padding: 28px 24px 80px; }
 h1 { font-size: 27px; line-height: 1.25; margin: 0 0 6px; }
 h2 { font-size: 19px; margin: 44px 0 10px; padding-top: 14px; border-top: 1px solid var(--grid); }
+p.banner { font-size: 17px; font-weight: 600; color: var(--warn); border-left: 4px solid var(--warn);
+  padding: 4px 12px; max-width: 75ch; }
 p.lead { font-size: 17px; margin: 8px 0; max-width: 75ch; }
 .muted, figcaption, .small { color: var(--muted); font-size: 13.5px; }
 a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }

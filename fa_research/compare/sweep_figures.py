@@ -12,6 +12,7 @@ from fa_research.compare.figures.economics import trace_figures
 from fa_research.compare.figures.ledger import ledger_figures
 from fa_research.compare.figures.lines import latency_figure
 from fa_research.compare.figures.page_size import page_size_figure
+from fa_research.compare.figures.pareto import pareto_figure
 from fa_research.compare.figures.roofline import roofline_figures
 from fa_research.compare.figures.wins import decision_figure
 from fa_research.compare.overview import Part, Sweep
@@ -54,7 +55,10 @@ def _common(part: Part) -> Iterator[Figure]:
 
 
 def _of_choice(comparison: Comparison) -> Iterator[Figure]:
-    """Who wins where, and at what cost; costs cell by cell only where there is no map of them."""
+    """Who wins where, and at what cost; costs cell by cell only where there is no map of them. Of answers that change
+    the result, quality against time."""
+    if pareto := pareto_figure(comparison):
+        yield pareto
     if drawn := decision_figure(comparison):
         yield drawn
     elif costs := cost_figure(comparison):

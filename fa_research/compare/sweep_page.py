@@ -9,11 +9,12 @@ from fa_research.compare.comparison import Comparison
 from fa_research.compare.estimates import estimate
 from fa_research.compare.html import MOST_BYTES, bullets, figure, frame, machine, sentence, table
 from fa_research.compare.keys import ABSENT, short, text_of
+from fa_research.compare.names import quantity
 from fa_research.compare.overview import USABLE, Sweep
-from fa_research.compare.page import cells_table, regret_table
+from fa_research.compare.page import banner_box, cells_table, regret_table
 from fa_research.compare.reading import TIMED, Record
 from fa_research.compare.row_sections import environment_section, name_of, row_sections
-from fa_research.compare.wording import caveats, quantity, regret_summary, summary
+from fa_research.compare.wording import caveats, regret_summary, summary
 from fa_research.tracking import Row, Status
 from fa_research.tracking.columns import format_value
 
@@ -77,8 +78,9 @@ def _head(sweep: Sweep, title: str) -> Iterator[str]:
     yield f'<p class="muted">{escape(machine(used, sweep.records))}</p>'
     swept = ", ".join(f"{key.removesuffix('.name')}" for key in sweep.keys) or "nothing"
     yield f'<p class="lead">Swept: {escape(swept)}.</p>'
-    leads = [part.asked[0] for part in sweep.parts if part.asked]
-    yield bullets(sentence(f"{quantity(c.metric)}: {regret_summary(c)}") for c in leads)
+    asked = [comparison for part in sweep.parts for comparison in part.asked]
+    yield from dict.fromkeys(box for comparison in asked if (box := banner_box(comparison)))
+    yield bullets(sentence(f"{quantity(c.metric)}: {regret_summary(c)}") for c in asked)
     links = [(f"part-{part.metric}", quantity(part.metric)) for part in sweep.parts]
     links += [("overview", "Every row")] + [("doubtful", "Not ok")] * bool(sweep.doubtful)
     links += [("notes", "Notes"), ("environment", "Environment"), ("rows", "Rows in full")]
@@ -118,7 +120,8 @@ def _overview(sweep: Sweep) -> Iterator[str]:
     yield table(head, lines)
     yield (
         '<p class="small">Numbers lead to their rows. In brackets the 95 % interval of a median, from the samples of '
-        "its run. Check: the largest error against float64 as a share of what is tolerated.</p>"
+        "its run and the drift between runs. Check: the largest error against float64 as a share of what is "
+        "tolerated.</p>"
     )
 
 
@@ -204,7 +207,7 @@ def _part(metric: str, drawn: Sequence[tuple[Comparison | None, Sequence[tuple[s
         yield f"<details><summary>Every cell by {escape(comparison.question.title)}</summary>"
         yield from cells_table(comparison)
         yield "</details>"
-        if len(comparison.cells) > 1:
+        if len(comparison.cells) > 1 and comparison.regrets[0]:
             yield "<details><summary>Regret as a table</summary>"
             yield from regret_table(comparison)
             yield "</details>"

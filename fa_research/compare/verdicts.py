@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fa_research.compare.cells import Cell
+from fa_research.compare.drift import spread_of
 from fa_research.compare.estimates import Estimate, Ratio, ratio
 from fa_research.measure.bootstrap import Draws, interval
 
@@ -20,10 +21,14 @@ class Verdict:
         best: the answers that no other beats: one is a win, several a tie; the best median comes first.
         costs: each measured answer's cost against the best median, 1 and more. 1.02: takes 2 % longer, or does 2 % less
             where more is better.
+        unjudged: why no answer wins and none ties, though there are numbers; `best` and `costs` are empty then.
+        drift: of each cost, the fraction below which two runs of one config may differ (0: timed in turns).
     """
 
     best: tuple[str, ...]
     costs: dict[str, Ratio]
+    unjudged: str = ""
+    drift: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_tie(self) -> bool:
@@ -37,17 +42,21 @@ class Verdict:
 
 
 def judge(cell: Cell, *, higher: bool, tie: float) -> Verdict:
-    """An answer is beaten if its cost is above the best by more than `tie` (a fraction) and its 95 % interval, where
-    there is one, lies above 1."""
-    numbers = cell.measured
+    """An answer is beaten if its cost is above the best by more than `tie` (a fraction) and than the drift between
+    runs, and its 95 % interval, where there is one, lies above 1. Answers that `measure.against` timed in turns with
+    one reference are judged by their ratios to it, which are free of that drift."""
+    if cell.unjudged and cell.measured:
+        return Verdict((), {}, cell.unjudged)
+    numbers = cell.in_turns or cell.measured
     if not numbers:
         return Verdict((), {})
     order = sorted(numbers, key=lambda label: numbers[label].value, reverse=higher)
     first = _best(numbers, higher)
     costs = {label: _cost(numbers[label], numbers[first], higher) for label in order}
     costs[first] = Ratio(1.0, 1.0, 1.0)
-    best = [first] + [label for label in order[1:] if not _is_beaten(costs[label], tie)]
-    return Verdict(tuple(best), costs)
+    drift = {label: spread_of(numbers[label].sd, numbers[first].sd) for label in order}
+    best = [first] + [label for label in order[1:] if not _is_beaten(costs[label], max(tie, drift[label]))]
+    return Verdict(tuple(best), costs, drift=drift)
 
 
 def _cost(number: Estimate, best: Estimate, higher: bool) -> Ratio:
@@ -89,6 +98,7 @@ class Regret:
 def regrets(cells: Sequence[Cell], labels: Sequence[str], *, higher: bool) -> tuple[list[Regret], int]:
     """The regret of every answer, least first, and of how many cells: those that have a row for each answer that has a
     number anywhere. Answers that run in all of them come before those that do not."""
+    cells = [cell for cell in cells if not cell.unjudged]
     able = {label for cell in cells for label in cell.measured}
     complete = [cell for cell in cells if able <= set(cell.entries) and cell.measured]
     found = []

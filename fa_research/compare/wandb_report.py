@@ -12,10 +12,11 @@ from fa_research.compare.decision import axes
 from fa_research.compare.estimates import MAIN
 from fa_research.compare.files import cells_table
 from fa_research.compare.keys import short
+from fa_research.compare.names import axis_title, quantity
 from fa_research.compare.reading import Record
 from fa_research.compare.wandb_lines import in_name
 from fa_research.compare.wandb_sweep import JOB_TYPE
-from fa_research.compare.wording import axis_title, caveats, quantity, regret_summary, summary
+from fa_research.compare.wording import caveats, regret_summary, summary
 from fa_research.errors import ConfigError
 from fa_research.tracking import CONSOLE
 from fa_research.tracking.wandb_runs import has_key

@@ -6,54 +6,13 @@ from collections.abc import Sequence
 
 from fa_research.compare.cells import Cell
 from fa_research.compare.comparison import Comparison
-from fa_research.compare.estimates import How, Ratio
+from fa_research.compare.estimates import How, Ratio, kind_of
+from fa_research.compare.names import percent
+from fa_research.compare.no_verdict import axes_words, banner, numbers_of, quality_words
 from fa_research.compare.reading import Record
+from fa_research.compare.trust import is_time
 from fa_research.compare.verdicts import Regret, Verdict
-from fa_research.tracking.columns import format_value
-
-_UNITS = (("_tokens_per_s", "tokens/s"), ("_GB_per_s", "GB/s"), ("_TFLOP_per_s", "TFLOP/s"), ("_us", "us"))
-# Axes of figures, by the last part of a key.
-_AXES = {
-    "context_len": "context (tokens)",
-    "length": "length (tokens)",
-    "new_len": "new tokens per request",
-    "prefix_len": "cached prefix (tokens)",
-    "prompt_len": "prompt (tokens)",
-    "batch_size": "batch size (requests)",
-    "page_size": "page size (slots)",
-}
-
-
-def unit(metric: str) -> str:
-    """The unit that a metric's name ends with, or nothing."""
-    return next((text for ending, text in _UNITS if f"_{metric}".endswith(ending)), "")
-
-
-def quantity(metric: str) -> str:
-    """A metric's name as words with its unit: decode step (us)."""
-    ending = next((ending for ending, _ in _UNITS if f"_{metric}".endswith(ending)), "")
-    name = f"_{metric}".removesuffix(ending).strip("_").replace("_", " ")
-    return f"{name} ({unit(metric)})" if unit(metric) else name
-
-
-def words(metric: str) -> str:
-    """A metric's name as words without its unit: decode step."""
-    return quantity(metric).partition(" (")[0]
-
-
-def axis_title(key: str) -> str:
-    """A key as the title of an axis, with its unit where it is known."""
-    last = key.removesuffix(".name").rpartition(".")[2]
-    return _AXES.get(last, last.replace("_", " "))
-
-
-def number(value: float) -> str:
-    return format_value(float(value))
-
-
-def percent(fraction: float) -> str:
-    """A difference in percent, to a tenth up to ten percent: 1.8 %."""
-    return f"{fraction * 100:.1f} %" if abs(fraction) < 0.1 else f"{fraction * 100:,.0f} %"
+from fa_research.text import plural
 
 
 def excess(cost: Ratio) -> str:
@@ -78,6 +37,13 @@ def outcome(comparison: Comparison, cell: Cell, verdict: Verdict) -> str:
     """A cell's verdict in one line."""
     failed = [f"{e.label} {e.status}" for e in cell.entries.values() if e.label not in verdict.costs]
     tail = f" ({', '.join(failed)})" if failed else ""
+    if comparison.weighs_quality:
+        return quality_words(cell, comparison.higher) + ", ".join(
+            f" ({e.label} {e.status})" for e in cell.entries.values() if e.estimate is None
+        )
+    if verdict.unjudged:
+        missing = [f"{e.label} {e.status}" for e in cell.entries.values() if e.estimate is None]
+        return f"not judged: {verdict.unjudged}" + (f" ({', '.join(missing)})" if missing else "")
     if not verdict.best:
         return f"none has a number{tail}"
     if len(verdict.costs) == 1:
@@ -90,7 +56,10 @@ def outcome(comparison: Comparison, cell: Cell, verdict: Verdict) -> str:
     )
     if verdict.is_tie:
         others = f"; {behind}" if behind else f" ({excess(verdict.costs[verdict.best[-1]])})"
-        return f"tie: {' = '.join(verdict.best)}{others}{tail}"
+        last = verdict.costs[verdict.best[-1]]
+        near = comparison.tie < last.value - 1 <= verdict.drift.get(verdict.best[-1], 0.0)
+        why = "; closer than the drift between runs" if near else ""
+        return f"tie: {' = '.join(verdict.best)}{others}{why}{tail}"
     return f"{verdict.best[0]}; {behind}{tail}"
 
 
@@ -98,25 +67,50 @@ def summary(comparison: Comparison) -> list[str]:
     """Who wins how often, in a line for each answer; before that, whether the rows are of one code."""
     lines = [_other_code(comparison)] if comparison.mixed_code else []
     for label in comparison.labels:
+        if comparison.weighs_quality or not comparison.ranked:
+            lines.append(numbers_of(comparison, label))
+            continue
         judged = [v for v in comparison.verdicts if label in v.costs and len(v.costs) > 1]
         won = sum(v.best == (label,) for v in judged)
         tied = sum(v.is_tie and label in v.best for v in judged)
         failed = sum(label in c.entries and label not in c.measured for c in comparison.cells)
         alone = sum(list(v.costs) == [label] for v in comparison.verdicts)
-        parts = [f"best in {won} of {len(judged)} cells"] * bool(judged)
+        parts = [f"best in {won} of {plural(len(judged), 'cell')}"] * bool(judged)
         parts += [f"the only number in {alone}"] * bool(alone and not judged)
         parts += [f"tied for it in {tied}"] * bool(tied) + [f"no number in {failed}"] * bool(failed)
         lines.append(f"{comparison.question.title}={label}: {', '.join(parts)}")
     return lines
 
 
+def _drift_line(comparison: Comparison) -> list[str]:
+    """The drift between runs that is part of every interval, and where its size is from."""
+    if not is_time(comparison.metric) or not comparison.ranked:
+        return []
+    record = next(
+        entry.record for cell in comparison.cells for entry in cell.entries.values() if entry.estimate
+    )
+    source = record.drift.source(kind_of(record), comparison.metric)
+    if not comparison.drift:
+        return [
+            "the rows compared took turns in one process (measure.against): no drift between runs is in the way"
+        ]
+    return [
+        f"two numbers closer than the drift between runs ({percent(comparison.drift)}) are not ranked: use "
+        "measure.against, which times both in turns. The drift is part of every interval; "
+        f"its source: {source}"
+    ]
+
+
 def caveats(comparison: Comparison) -> list[str]:
     """What the intervals rest on, and what they do not cover."""
     how = comparison.how
     lines = [
-        f"a difference below {percent(comparison.tie)}, or one whose 95 % interval reaches 0, is a tie; intervals "
-        "cover the samples within a run, not the drift from one run to the next"
+        *_drift_line(comparison),
     ]
+    if comparison.ranked:
+        lines.insert(
+            0, f"a difference below {percent(comparison.tie)}, or one whose 95 % interval reaches 0, is a tie"
+        )
     total = sum(how.values())
     if rough := how[How.rough]:
         lines.append(
@@ -124,7 +118,10 @@ def caveats(comparison: Comparison) -> list[str]:
             "10th and 90th percentile"
         )
     if none := how[How.none]:
-        lines.append(f"{none} of {total} numbers kept no spread: their ratios have no interval")
+        lines.append(
+            f"{none} of {total} numbers kept no spread"
+            + (": their intervals hold the drift between runs alone" if is_time(comparison.metric) else "")
+        )
     return lines
 
 
@@ -134,23 +131,38 @@ def counted(records: Sequence[Record]) -> str:
     for record in records:
         count[str(record.row.status)] = count.get(str(record.row.status), 0) + 1
     parts = [f"{n} {status}" for status, n in count.items()]
-    return f"{len(records)} rows" + (f" ({', '.join(parts)})" if list(count) != ["ok"] else "")
+    return plural(len(records), "row") + (f" ({', '.join(parts)})" if list(count) != ["ok"] else "")
 
 
 def regret_summary(comparison: Comparison) -> str:
-    """The best single choice in one sentence."""
+    """The best single choice in one sentence; of one cell its verdict, and where nothing is ranked why."""
+    if comparison.weighs_quality or not comparison.ranked:
+        where = axes_words(comparison)
+        said = banner(comparison) or "no cell has a number"
+        return f"{comparison.question.title}{f' (along {where})' if where else ''}: {said}"
+    if len(comparison.cells) == 1:
+        (cell,), (verdict,) = comparison.cells, comparison.verdicts
+        text = f"{comparison.question.title}: {outcome(comparison, cell, verdict)}"
+        return f"{_other_code(comparison)}; {text}" if comparison.mixed_code else text
     found, cells = comparison.regrets
     if not found:
         return "no cell has a row for every answer, so there is no regret to tell"
     best = found[0]
     name = f"{comparison.question.title}={best.label}"
     if len(found) == 1:
-        return f"only {name} has numbers, in {best.cells} of {cells} cells, so there is nothing to compare it with"
+        where = f"in {best.cells} of {plural(cells, 'cell')}"
+        return f"only {name} has numbers, {where}, so there is nothing to compare it with"
+    if all(verdict.is_tie and len(verdict.best) == len(verdict.costs) for verdict in comparison.verdicts):
+        where = axes_words(comparison)
+        tied = f"{plural(len(comparison.cells), 'cell')}{f' ({where})' if where else ''}"
+        text = f"{comparison.question.title}: no answer is surely better than another in any of {tied}"
+        return f"{_other_code(comparison)}; {text}" if comparison.mixed_code else text
     missing = len(comparison.cells) - cells
-    rest = f" ({missing} more lack a row for some answer)" if missing else ""
+    rest = f" ({missing} more lack a row for some answer or are not judged)" if missing else ""
+    along = f" ({where})" if (where := axes_words(comparison)) else ""
     text = (
         f"always {name}: {percent(best.mean.value - 1)} worse than the best of each cell on geometric mean over "
-        f"{best.cells} cells{rest}, {excess(Ratio(best.worst))} at worst{_at(best)}"
+        f"{plural(best.cells, 'cell')}{along}{rest}, {excess(Ratio(best.worst))} at worst{_at(best)}"
     )
     if best.failed:
         text = f"no answer has a number in all {cells} cells; {text}, and none in {best.failed}"

@@ -263,4 +263,4 @@ def test_options_of_the_other_question_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tmp_path), "--closure", "--regret"]) == 2
-    assert "--regret belong to --question" in capsys.readouterr().err
+    assert "--regret belongs to --question" in capsys.readouterr().err

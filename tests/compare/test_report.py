@@ -92,7 +92,7 @@ def test_every_link_leads_to_an_anchor_that_is_there_once(report: str, compariso
 
 
 def test_every_number_of_a_cell_links_to_the_row_it_is_of(report: str, comparison: Comparison) -> None:
-    from fa_research.compare.wording import number
+    from fa_research.compare.names import number
 
     for cell in comparison.cells:
         for entry in cell.entries.values():

@@ -37,8 +37,9 @@ def test_a_difference_has_its_size_and_an_interval_around_it(three: Comparison) 
     assert cost.value == pytest.approx(1.1)
     assert cost.low is not None
     assert cost.high is not None
-    # Medians of 32 samples with 1 % noise: each is known to 0.22 %, their ratio to 0.31 %, 95 % is about twice that.
-    assert 1.09 < cost.low < 1.1 < cost.high < 1.11
+    # Medians of 32 samples with 1 % noise are known to 0.22 % each; runs differ by 1.07 % each, so the ratio by 1.5 %,
+    # and 95 % is about twice that.
+    assert 1.06 < cost.low < 1.08 < 1.12 < cost.high < 1.14
 
 
 def test_a_tie_is_called_one(three: Comparison) -> None:
@@ -49,7 +50,7 @@ def test_a_tie_is_called_one(three: Comparison) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spread", "tie", "ties"), [(0.2, 0.0, True), (0.001, 0.0, False), (0.001, 0.05, True)]
+    ("spread", "tie", "ties"), [(0.2, 0.0, True), (0.001, 0.0, False), (0.001, 0.08, True)]
 )
 def test_a_tie_is_a_wide_interval_or_a_small_difference(
     tmp_path: Path, spread: float, tie: float, ties: bool
@@ -62,8 +63,8 @@ def test_a_tie_is_a_wide_interval_or_a_small_difference(
         )
         for name in ("fa3",)
     ]
-    slow = noisy(1.03, spread=spread, seed=2)
-    rows.append(row_of(config_of("triton"), decode_step_us=1.03, samples_us=slow))
+    slow = noisy(1.05, spread=spread, seed=2)
+    rows.append(row_of(config_of("triton"), decode_step_us=1.05, samples_us=slow))
     (verdict,) = compare([write_rows(tmp_path / ROWS_FILE, *rows)], "backend", tie=tie).verdicts
     assert verdict.is_tie == ties
 
@@ -94,19 +95,21 @@ def test_a_rate_is_as_sure_as_the_time_it_is_of(tmp_path: Path) -> None:
     assert rates.how == times.how
     for slow, fast in zip(times.verdicts, rates.verdicts, strict=True):
         assert fast.best == slow.best
-        assert fast.costs["triton"].low == pytest.approx(slow.costs["triton"].low)
+        assert fast.costs["triton"].low == pytest.approx(slow.costs["triton"].low, rel=1e-3)
 
 
-def test_without_samples_percentiles_make_a_rough_interval_and_nothing_makes_none(tmp_path: Path) -> None:
+def test_without_samples_an_interval_is_rough_and_without_a_spread_it_is_the_drift_between_runs(
+    tmp_path: Path,
+) -> None:
     rows = [row_of(config_of("fa3"), noisy(1.0)), row_of(config_of("triton"), noisy(1.5))]
     path = write_rows(tmp_path / ROWS_FILE, *rows)
     rough = compare([path], "backend")
     assert rough.how[How.rough] == 2
-    assert rough.verdicts[0].costs["triton"].low == pytest.approx(1.5, rel=0.02)
+    assert rough.verdicts[0].costs["triton"].low == pytest.approx(1.5 / 1.03, rel=0.01)
     rows = [row_of(config_of("fa3"), decode_step_us=1.0), row_of(config_of("triton"), decode_step_us=1.5)]
     bare = compare([write_rows(tmp_path / "bare" / ROWS_FILE, *rows)], "backend")
     assert bare.how[How.none] == 2
-    assert bare.verdicts[0].costs["triton"].low is None
+    assert bare.verdicts[0].costs["triton"].low == pytest.approx(1.5 / 1.03, rel=0.005)
 
 
 def test_regret_is_the_cost_of_staying_with_one_choice(three: Comparison) -> None:

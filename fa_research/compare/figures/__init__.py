@@ -10,6 +10,7 @@ from fa_research.compare.figures.costs import cost_figure, regret_figure
 from fa_research.compare.figures.ledger import ledger_figures
 from fa_research.compare.figures.lines import latency_figure, roof_figure
 from fa_research.compare.figures.page_size import page_size_figure
+from fa_research.compare.figures.pareto import pareto_figure
 from fa_research.compare.figures.wins import decision_figure
 from fa_research.errors import ConfigError
 
@@ -37,6 +38,7 @@ def draw(comparison: Comparison) -> list[Figure]:
         decision_figure,
         regret_figure,
         page_size_figure,
+        pareto_figure,
     )
     made = [figure for make in makers if (figure := make(comparison)) is not None]
     return made + ledger_figures(comparison)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fa_research.compare.cells import Cell, Entry
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.figures.theme import palette
-from fa_research.compare.wording import number
+from fa_research.compare.names import number
 
 if TYPE_CHECKING:
     import altair as alt

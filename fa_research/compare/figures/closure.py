@@ -8,7 +8,7 @@ from fa_research.compare.closure import VARIANTS, Closed, Closure
 from fa_research.compare.figures.base import MOST_CELLS, Figure, Point, chart_of, look_of
 from fa_research.compare.figures.theme import MUTED
 from fa_research.compare.keys import title_of
-from fa_research.compare.wording import number
+from fa_research.compare.names import number
 
 if TYPE_CHECKING:
     import altair as alt

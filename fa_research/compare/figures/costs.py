@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def cost_figure(comparison: Comparison) -> Figure | None:
     """Every answer's cost against the best of its cell, with its interval."""
     points = _cost_points(comparison)
-    if not points:
+    if not points or not comparison.ranked:
         return None
     total = len(comparison.cells)
     drawn = min(total, MOST_CELLS)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.figures.base import Figure, Point, chart_of, linked, look_of
 from fa_research.compare.figures.theme import FG, LIGHT, MUTED
-from fa_research.compare.wording import number
+from fa_research.compare.names import number
 
 if TYPE_CHECKING:
     import altair as alt

@@ -9,13 +9,14 @@ from fa_research.compare.comparison import Comparison
 from fa_research.compare.figures.base import Figure, Point, chart_of, linked
 from fa_research.compare.figures.theme import LIGHT, MUTED
 from fa_research.compare.keys import title_of
-from fa_research.compare.wording import number, words
+from fa_research.compare.names import number, words
 
 PARTS = ("host_plan", "metadata", "kv_write", "attention", "combine", "model", "sampling", "gap")
 # Neighbours in a bar have to differ most: the order of the palette's colours, one for each part.
 _COLORS = dict(zip(PARTS, (LIGHT[i] for i in (3, 4, 2, 0, 5, 7, 1, 6)), strict=True))
 _MOST_BARS = 30
 _MOST_APART = 6
+_DIFFERS = 0.02  # what the ledger's sum may be off before both are shown
 
 
 def ledger_figures(comparison: Comparison) -> list[Figure]:
@@ -36,14 +37,15 @@ def _bars(comparison: Comparison, unit: str) -> Figure | None:
         return None
     sums = [bar.sum for bar in bars]
     shares = max(sums) > _MOST_APART * min(sums)  # else the short ones cannot be read
-    scale, axis = (1e-3, "ms") if max(sums) >= 5000 else (1.0, "us")
-    axis = "share of the sum (%)" if shares else f"{words(f'{unit}_us')} ({axis})"
-    points = [p for bar in bars for p in bar.pieces(100 / bar.sum if shares else scale)]
-    ends = [bar.end(100 / bar.sum if shares else scale) for bar in bars]
+    scale, symbol = (1e-3, "ms") if max(sums) >= 5000 else (1.0, "us")  # one for axis, labels and tooltips
+    axis = "share of the sum (%)" if shares else f"{words(f'{unit}_us')} ({symbol})"
+    said = [_Said(scale, symbol, 100 / bar.sum if shares else scale) for bar in bars]
+    points = [p for bar, unit_ in zip(bars, said, strict=True) for p in bar.pieces(unit_)]
+    ends = [bar.end(unit_) for bar, unit_ in zip(bars, said, strict=True)]
     parts = [part for part in PARTS if any(p["label"] == _name(part) for p in points)]
     colors = alt.Scale(domain=[_name(p) for p in parts], range=[_COLORS[p] for p in parts])
     top = max(e["x"] for e in ends)
-    along = alt.X("x:Q").title(axis).scale(domain=[0, top * 1.14], nice=False)
+    along = alt.X("x:Q").title(axis).scale(domain=[0, top * 1.24], nice=False)
     along = along.axis(values=[0, 20, 40, 60, 80, 100] if shares else alt.Undefined)
     down = alt.Y("bar:N").sort(None).title(None).axis(labelLimit=420)
     boxes = chart_of(points).mark_bar()
@@ -54,8 +56,23 @@ def _bars(comparison: Comparison, unit: str) -> Figure | None:
     chart = chart.properties(width=560, height=alt.Step(22 if len(bars) > 8 else 28))
     measured = sum(len(cell.measured) for cell in comparison.cells)
     shown = f" {len(bars)} of {measured} rows." if len(bars) < measured else ""
-    caption = f"The parts of a median {words(f'{unit}_us')}. Beside a bar the time of the whole as it was timed.{shown}"
-    return Figure(f"ledger_{unit}", f"What a {words(f'{unit}_us')} is made of", caption, chart)
+    caption = (
+        f"The parts of a {words(f'{unit}_us')} at the median. Beside a bar the sum of its parts, and in brackets the "
+        f"time of the whole where it differs by more than {_DIFFERS * 100:g} %.{shown}"
+    )
+    return Figure(f"ledger_{unit}", f"Time breakdown of the {words(f'{unit}_us')}", caption, chart)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """How times are said: the factor to and the symbol of their unit, and the factor to what is drawn."""
+
+    factor: float
+    symbol: str
+    drawn: float
+
+    def time(self, microseconds: float) -> str:
+        return f"{number(microseconds * self.factor)} {self.symbol}"
 
 
 @dataclass(frozen=True)
@@ -71,19 +88,22 @@ class _Bar:
     def sum(self) -> float:
         return sum(self.costs.values())
 
-    def pieces(self, scale: float) -> list[Point]:
+    def pieces(self, unit: _Said) -> list[Point]:
         found, at = [], 0.0
         for part, cost in self.costs.items():
-            share = f"{cost / self.sum * 100:.1f} % of {number(self.sum)} us"
-            said = {"description": f"{self.name}: {_name(part)} {number(cost)} us, {share}"}
-            place = {"bar": self.name, "label": _name(part), "x": at * scale, "end": (at + cost) * scale}
+            share = f"{cost / self.sum * 100:.1f} % of {unit.time(self.sum)}"
+            said = {"description": f"{self.name}: {_name(part)} {unit.time(cost)}, {share}"}
+            ends = {"x": at * unit.drawn, "end": (at + cost) * unit.drawn}
+            place = {"bar": self.name, "label": _name(part), **ends}
             found.append(self.link | place | said)
             at += cost
         return found
 
-    def end(self, scale: float) -> Point:
-        whole = f"{number(self.whole)} us" if isinstance(self.whole, int | float) else ""
-        return {"bar": self.name, "x": self.sum * scale, "text": whole}
+    def end(self, unit: _Said) -> Point:
+        text, whole = unit.time(self.sum), self.whole
+        if isinstance(whole, int | float) and abs(whole - self.sum) > _DIFFERS * self.sum:
+            text += f" (whole {unit.time(whole)})"
+        return {"bar": self.name, "x": self.sum * unit.drawn, "text": text}
 
 
 def _read(comparison: Comparison, unit: str) -> list[_Bar]:

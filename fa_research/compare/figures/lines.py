@@ -12,7 +12,7 @@ from fa_research.compare.decision import axes
 from fa_research.compare.figures.base import Figure, Point, chart_of, encodings, linked
 from fa_research.compare.figures.theme import palette
 from fa_research.compare.keys import title_of
-from fa_research.compare.wording import axis_title, quantity, words
+from fa_research.compare.names import axis_title, quantity, words
 
 if TYPE_CHECKING:
     import altair as alt

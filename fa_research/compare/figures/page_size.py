@@ -14,7 +14,7 @@ def page_size_figure(comparison: Comparison) -> Figure | None:
     import altair as alt
 
     points = _page_points(comparison)
-    if not points:
+    if not points or any(cell.unjudged for cell in comparison.cells):
         return None
     pages = sorted({p["x"] for p in points})
     labels, title = _labels(comparison)

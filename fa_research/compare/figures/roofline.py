@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from fa_research.compare.comparison import Comparison
 from fa_research.compare.figures.base import Figure, Point, chart_of, linked, look_of
 from fa_research.compare.figures.theme import MUTED
-from fa_research.compare.wording import number, words
+from fa_research.compare.names import number, words
 
 if TYPE_CHECKING:
     import altair as alt

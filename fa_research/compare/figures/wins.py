@@ -10,7 +10,8 @@ from fa_research.compare.decision import DecisionMap, decision_map, winner
 from fa_research.compare.figures.base import MOST_CELLS, Figure, Point, chart_of
 from fa_research.compare.figures.theme import FG, TIE, palette
 from fa_research.compare.keys import text_of, title_of
-from fa_research.compare.wording import axis_title, excess, outcome
+from fa_research.compare.names import axis_title
+from fa_research.compare.wording import excess, outcome
 
 if TYPE_CHECKING:
     import altair as alt
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def decision_figure(comparison: Comparison) -> Figure | None:
     """Who wins where, by how much."""
     drawn = decision_map(comparison.cells)
-    if drawn is None:
+    if drawn is None or not comparison.ranked:
         return None
     rows = drawn.rows[:MOST_CELLS]
     points = [
@@ -30,7 +31,8 @@ def decision_figure(comparison: Comparison) -> Figure | None:
     shown = f" The first {len(rows)} of {len(drawn.rows)} rows." if len(rows) < len(drawn.rows) else ""
     caption = (
         "The best choice where it is surely better, and by how much the next is behind. Differences below "
-        f"{comparison.tie * 100:g} % or not sure are ties; alone: no other has a number there.{shown}"
+        f"{max(comparison.tie, comparison.drift) * 100:.2g} % or not sure are ties; alone: no other has a number there."
+        f"{shown}"
     )
     chart = _map_chart(comparison, drawn, rows, points)
     return Figure("decision", f"Which {comparison.question.title} wins where", caption, chart)
@@ -41,7 +43,9 @@ def _map_chart(comparison: Comparison, drawn: DecisionMap, rows: Sequence[Any], 
     import altair as alt
 
     look = palette(comparison.labels)
-    names = [label for label in [*look, "tie", "none"] if any(p["label"] == label for p in points)]
+    names = [
+        label for label in [*look, "tie", "none", "not judged"] if any(p["label"] == label for p in points)
+    ]
     colors = [look[label][0] if label in look else TIE for label in names]
     along, down = _axes(drawn, rows)
     base = chart_of(points).encode(x=along, y=down)
