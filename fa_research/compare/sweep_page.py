@@ -80,7 +80,8 @@ def _head(sweep: Sweep, title: str) -> Iterator[str]:
     yield f'<p class="lead">Swept: {escape(swept)}.</p>'
     asked = [comparison for part in sweep.parts for comparison in part.asked]
     yield from dict.fromkeys(box for comparison in asked if (box := banner_box(comparison)))
-    yield bullets(sentence(f"{quantity(c.metric)}: {regret_summary(c)}") for c in asked)
+    if ranked := [comparison for comparison in asked if comparison.ranked]:
+        yield bullets(sentence(f"{quantity(c.metric)}: {regret_summary(c)}") for c in ranked)
     links = [(f"part-{part.metric}", quantity(part.metric)) for part in sweep.parts]
     links += [("overview", "Every row")] + [("doubtful", "Not ok")] * bool(sweep.doubtful)
     links += [("notes", "Notes"), ("environment", "Environment"), ("rows", "Rows in full")]

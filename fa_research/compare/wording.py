@@ -55,11 +55,13 @@ def outcome(comparison: Comparison, cell: Cell, verdict: Verdict) -> str:
         else ""
     )
     if verdict.is_tie:
-        others = f"; {behind}" if behind else f" ({excess(verdict.costs[verdict.best[-1]])})"
         last = verdict.costs[verdict.best[-1]]
         near = comparison.tie < last.value - 1 <= verdict.drift.get(verdict.best[-1], 0.0)
-        why = "; closer than the drift between runs" if near else ""
-        return f"tie: {' = '.join(verdict.best)}{others}{why}{tail}"
+        why = "closer than the drift between runs" if near else ""
+        if behind:
+            return f"tie: {' = '.join(verdict.best)}{f' ({why})' if why else ''}; {behind}{tail}"
+        how = ", ".join(filter(None, [excess(last), why]))
+        return f"tie: {' = '.join(verdict.best)} ({how}){tail}"
     return f"{verdict.best[0]}; {behind}{tail}"
 
 
