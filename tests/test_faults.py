@@ -179,5 +179,5 @@ def test_faults_of_a_gpu_cost_one_cell_each(tmp_path: Path) -> None:
     assert "device-side assert" in "; ".join(rows["asserts_on_the_device"].reasons)
     for name in ("illegal_access", "asserts_on_the_device"):
         assert any("context was lost" in note for note in rows[name].notes), rows[name].notes
-    said = " ".join(done.stdout.split())
-    assert said.count("a new worker process for the next cell") == 2, done.stdout
+    # The process of a lost context may end by itself, when it frees memory: what counts is that another goes on.
+    assert len(set(re.findall(r"in process (\d+)", done.stdout))) == 3, done.stdout

@@ -130,7 +130,10 @@ def fill_metadata(
     they are. A table narrower than a request is filled to its width: who made it answers for the width.
     """
     num_requests, num_pages = page_table_BP.shape
-    assert num_requests > 0
+    if num_requests == 0:  # a launch takes at least one program of a request
+        cu_seqlens_q_B1.zero_()
+        cu_seqlens_k_B1.zero_()
+        return
     assert num_pages > 0
     assert cache_seqlens_B.shape == (num_requests,)
     assert cu_seqlens_k_B1.shape == (num_requests + 1,)

@@ -35,6 +35,7 @@ def test_memory_that_ran_out_is_told_apart(tmp_path: Path, monkeypatch: pytest.M
     config.kv = KVConfig(256, churn=False)
     config.debug.check_invariants = False
     assert len(attention_specs(config.model)) == 2
+    (tmp_path / "refused").mkdir()
     with pytest.raises(DoesNotFit) as refused:
         run_cell(config, resolved=to_plain(config), output_dir=tmp_path / "refused", multirun=True)
     assert failed_row(refused.value).status is Status.oom
