@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from fa_research.tracking import CONSOLE
 
+    CONSOLE.tells_lost_reader = False  # a comparison makes no rows: who has read enough misses nothing
     if options.out is not None:
         require_free(options.out)
     if options.reproduce:

@@ -37,7 +37,10 @@ _STYLES = {Status.ok: "green", Status.unsupported: "dim", Status.suspect: "yello
 
 
 class _Screen(Console):
-    """A console whose readers may go, as in `| head`: rows are what counts, so the work goes on without them."""
+    """A console whose readers may go, as in `| head`: rows are what counts, so the work goes on without them.
+    `tells_lost_reader`: whether stderr is told so."""
+
+    tells_lost_reader = True
 
     def _check_buffer(self) -> None:
         try:
@@ -64,13 +67,13 @@ class _PipeHandler(logging.StreamHandler[TextIO]):
 def lose(error: OSError) -> None:
     """Go on where stdout takes no more, and say so on stderr: its reader has gone, or its disk is full."""
     drop(sys.stdout)
-    if isinstance(error, BrokenPipeError):
-        complain("nobody reads stdout any more; going on without the screen, as rows are what counts")
-    else:
+    if not isinstance(error, BrokenPipeError):
         complain(f"cannot write to stdout: {error.strerror}; going on without")
+    elif CONSOLE.tells_lost_reader:
+        complain("nobody reads stdout any more; going on without the screen, as rows are what counts")
 
 
-def _console() -> Console:
+def _console() -> _Screen:
     open_closed_streams()
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return _Screen(width=width, highlight=False)
