@@ -69,7 +69,9 @@ def check(
     assert metadata.cu_seqlens_q_B1.tolist() == cumulative([new for _, new in lens])
     assert metadata.cu_seqlens_k_B1.tolist() == cumulative(totals)
     size = metadata.page_size
-    begun = [list(request.pages[: -(-total // size)]) for request, total in zip(requests, totals, strict=True)]
+    begun = [
+        list(request.pages[: -(-total // size)]) for request, total in zip(requests, totals, strict=True)
+    ]
     assert metadata.page_table_BP.tolist() == [
         own + old[len(own) :] for own, old in zip(begun, before, strict=True)
     ]
