@@ -178,6 +178,7 @@ def load(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
     for record in records:
         _drop_what_is_wrong(record, notes)
         _fill_in(record)
+    notes += dict.fromkeys(said for record in records for said in _rename_columns(record))
     notes += _version_notes(records)
     records = _without_copies(records)
     _tell_plugins_apart(records)
@@ -245,6 +246,23 @@ def _fill_in(record: Record) -> None:
     }
     record.filled = frozenset(missing)
     record.config |= missing
+
+
+# Columns that had another name: the old one, the workload, and today's.
+_RENAMED = {
+    ("prefill_tokens_per_s", "text"): "prefill_prompt_tokens_per_s",
+    ("prefill_tokens_per_s", "extend"): "prefill_computed_tokens_per_s",
+}
+
+
+def _rename_columns(record: Record) -> list[str]:
+    """Give columns of older rows their names of today; what was renamed, in words."""
+    workload, metrics, said = record.config.get("workload.name"), record.row.metrics, []
+    for (old, where), new in _RENAMED.items():
+        if workload == where and old in metrics and new not in metrics:
+            metrics[new] = metrics.pop(old)
+            said.append(f"{old} of older rows is read as {new}")
+    return said
 
 
 def _version_notes(records: Iterable[Record]) -> list[str]:
