@@ -263,3 +263,34 @@ def test_a_sweep_makes_a_row_for_each_cell_and_a_table(tmp_path: Path) -> None:
     assert len({row.config_hash for row in rows}) == 4
     table = [line for line in done.stdout.splitlines() if "triton" in line or "torch" in line]
     assert len(table) >= 4
+
+
+def test_a_checkpoint_whose_logits_pass_float16_ends_as_inaccurate(tmp_path: Path) -> None:
+    """Its baseline overflows too, and an infinite tolerance would let anything pass."""
+    pytest.importorskip("transformers")
+    from tests.models.checkpoints import PEERS, edit_weights, save
+
+    folder = tmp_path / "model"
+    save(next(peer for peer in PEERS.values() if peer.family == "Llama"), folder, vocab_size=300)
+
+    def enlarge(weights: dict[str, torch.Tensor]) -> None:
+        weights["lm_head.weight"] *= 6e4 / weights["lm_head.weight"].abs().max()
+
+    edit_weights(folder, enlarge)
+    small = [
+        f"model.path={folder}",
+        "model.dtype=float16",
+        "backend=torch",
+        "workload=text",
+        "workload.generate=0",
+    ]
+    small += [
+        "workload.batch_size=1",
+        "workload.prompt_len=20",
+        "workload.shared_prefix_len=0",
+        "workload.steps=2",
+    ]
+    done = run_py(*small, "tracking=disabled", "hydra.run.dir=out", cwd=tmp_path)
+    (row,) = read_rows(tmp_path / "out" / ROWS_FILE)
+    assert done.returncode == 1 and row.status is Status.inaccurate and not times_in(row)
+    assert "the baseline in float16 overflows: its values pass 65,504" in row.reasons[0], row.reasons
