@@ -79,7 +79,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["tracking.tags=x"], ["tracking.tags='x'", "a list"]),
     (["model.rope_scaling=null"], ["model.rope_scaling=null", "a group with the keys type, factor"]),
     (["~kv.page_size"], ["kv.page_size cannot be removed"]),
-    (["~workload"], ["no workload chosen", "decode, extend, mixed, text"]),
+    (["~workload"], ["no workload chosen", "decode, extend, generate, mixed, text"]),
     (["kv.page_size=1,2"], ["kv.page_size=[1,2]", "kv.page_size=1,2", "--multirun"]),
     (["backend=a=b"], ["cannot read the override 'backend=a=b'"]),
     (["model.rope_theta=${nowhere}"], ["model.rope_theta", "nowhere"]),

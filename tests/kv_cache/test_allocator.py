@@ -128,12 +128,12 @@ def test_check_sees_each_kind_of_damage(damage: str) -> None:
 
 @pytest.mark.parametrize("page_size", [0, -1, 257])
 def test_page_sizes_out_of_range(page_size: int) -> None:
-    with pytest.raises(ValueError, match=rf"kv.page_size={page_size} must be from 1 to 256"):
+    with pytest.raises(ValueError, match=rf"kv.page_size={page_size}: must be from 1 to 256"):
         PagedAllocator(4, page_size)
 
 
 def test_a_pool_without_pages() -> None:
-    with pytest.raises(ValueError, match=r"kv.num_pages=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"kv.num_pages=0: must be at least 1"):
         PagedAllocator(0, 16)
 
 

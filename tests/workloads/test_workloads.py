@@ -26,7 +26,7 @@ PLACES = [
 
 
 def test_registry() -> None:
-    assert workloads.names() == ("decode", "extend", "mixed", "text", "trace")
+    assert workloads.names() == ("decode", "extend", "generate", "mixed", "text", "trace")
     config = cell()
     for name in workloads.names():
         config.workload.name = name
