@@ -33,7 +33,7 @@ def test_registry() -> None:
         assert workloads.create(config).name == name
     config.workload.name = "chat"
     with pytest.raises(
-        ConfigError, match="workload.name=chat is unknown; choose one of decode, extend, mixed, text, trace"
+        ConfigError, match="workload.name=chat is unknown; choose one of decode, extend, generate, mixed, text, trace"
     ):
         workloads.create(config)
 
