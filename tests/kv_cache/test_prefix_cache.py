@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fa_research.errors import CacheError, KVCacheFull
-from fa_research.kv_cache import CachedRequest, PagedKVCache, PrefixCache
+from fa_research.kv_cache import CachedRequest, PagedAllocator, PagedKVCache, PrefixCache
 from tests.helpers import make_cache, table_row
 
 PAGE_SIZES = pytest.mark.parametrize("size", [1, 16])
@@ -173,3 +173,37 @@ def test_salts_keep_equal_tokens_apart() -> None:
     prompt = list(range(8))
     cache.close(admit(cache, prompt), prompt, salt="tenant")
     assert not prefixes.match([*prompt, 1]) and len(prefixes.match([*prompt, 1], "tenant")) == 2
+
+
+def tree(pages: int, *prompts: list[int]) -> tuple[PagedAllocator, PrefixCache]:
+    """The prompts, a page a token, inserted one after another; only the tree owns their pages."""
+    allocator = PagedAllocator(pages, 1)
+    prefixes = PrefixCache(allocator)
+    for prompt in prompts:
+        own = allocator.alloc(len(prompt))
+        prefixes.insert(prompt, own)
+        allocator.free(own)
+    return allocator, prefixes
+
+
+def test_what_is_inserted_again_is_used_again() -> None:
+    _, prefixes = tree(16, [1, 2], [3, 4], [1, 2])
+    prefixes.evict(2)
+    assert len(prefixes.match([1, 2, 9])) == 2 and not len(prefixes.match([3, 4, 9]))
+
+
+def test_all_or_nothing_gives_up_nothing_where_too_little_can_be_freed() -> None:
+    allocator, prefixes = tree(8, [1, 2, 3])
+    free = allocator.pages_free
+    assert not len(prefixes.evict(4, all_or_nothing=True)) and allocator.pages_free == free
+    assert len(prefixes.match([1, 2, 3, 9])) == 3
+    assert len(prefixes.evict(4)) == 3
+
+
+def test_a_run_whose_branches_are_gone_can_be_evicted() -> None:
+    allocator, prefixes = tree(16, [1, 2, 3], [1, 2, 4])
+    prefixes.evict(1)
+    prefixes.evict(1)
+    assert len(prefixes.match([1, 2, 9])) == 2
+    assert len(prefixes.evict(9)) == 2 and allocator.pages_free == 16
+    prefixes.check()

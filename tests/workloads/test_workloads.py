@@ -33,7 +33,8 @@ def test_registry() -> None:
         assert workloads.create(config).name == name
     config.workload.name = "chat"
     with pytest.raises(
-        ConfigError, match="workload.name=chat is unknown; choose one of decode, extend, generate, mixed, text, trace"
+        ConfigError,
+        match="workload.name=chat is unknown; choose one of decode, extend, generate, mixed, text, trace",
     ):
         workloads.create(config)
 
