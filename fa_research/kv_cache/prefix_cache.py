@@ -177,7 +177,8 @@ class PrefixCache:
         return front
 
     def _cut(self, node: _Node, pages: int) -> Pages:
-        """Free the last pages of a leaf, and the leaf itself with its last one."""
+        """Free the last pages of a leaf, and the leaf itself with its last one; `_plan` has entered its parent among
+        the leaves by then."""
         keep = len(node.pages) - pages
         gone, node.pages = node.pages[keep:], node.pages[:keep]
         node.tokens = node.tokens[: keep * self._page_size]
@@ -185,7 +186,6 @@ class PrefixCache:
             assert node.parent is not None
             del node.parent.children[node.key]
             self._nodes -= 1
-            self._push_if_leaf(node.parent)
         return self._allocator.free(gone)
 
     def _plan(self, wanted: int) -> list[tuple[_Node, int]]:
