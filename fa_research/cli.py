@@ -17,6 +17,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml.error import MarkedYAMLError  # type: ignore[import-untyped]
 
 from fa_research import fingerprint
 from fa_research.config import Config, read_config, to_plain, validate
@@ -100,7 +101,7 @@ def launch(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise; otherwise it prints its own text and exits
     try:
         main()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:
         if _wants_traceback:
             raise
         _exit_with(str(error) if isinstance(error, FaResearchError) else explain(error))

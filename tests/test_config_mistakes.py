@@ -14,6 +14,7 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml.error import MarkedYAMLError
 
 from fa_research.config import Config, GraphMode, load_config
 from fa_research.config.explain import explain
@@ -348,3 +349,14 @@ def test_a_preset_is_named_with_its_mistake(preset: str, said: str | None, tmp_p
 
 def test_question_marks_are_a_prompt() -> None:
     assert load_config(composed("workload.prompt='???'")).workload.prompt == "???"
+
+
+def test_a_preset_that_is_no_yaml_is_one_line_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("workload:\n  batch_size 1\n  steps: 2\n")
+    with pytest.raises(MarkedYAMLError) as error, (tmp_path / "x.yaml").open() as file:
+        yaml.safe_load(file)
+    line = explain(error.value)
+    assert (
+        line
+        == f"{tmp_path / 'x.yaml'}, line 3, column 8: this is no YAML: mapping values are not allowed here"
+    )

@@ -15,7 +15,7 @@ from fa_research.compare.wording import caveats, excess, outcome, regret_summary
 
 
 def write_csv(comparison: Comparison, folder: Path) -> list[Path]:
-    """cells.csv (a line for each row of each cell) and regret.csv."""
+    """cells.csv (a line for each row of each cell), and regret.csv where choices are ranked."""
     cells = folder / "cells.csv"
     keys = list(comparison.cells[0].where)
     head = [*keys, comparison.question.title, "status", comparison.metric, "low", "high", "interval"]
@@ -35,6 +35,8 @@ def write_csv(comparison: Comparison, folder: Path) -> list[Path]:
     _write(cells, head, lines)
     regret = folder / "regret.csv"
     found, _ = comparison.regrets
+    if not found:
+        return [cells]
     _write(
         regret,
         [comparison.question.title, "cells", "failed", "mean", "mean_low", "mean_high", "worst", "worst_at"],

@@ -74,7 +74,9 @@ def _value(cell: Cell, label: str, verdict: Verdict) -> Text:
 def _print_regret(comparison: Comparison) -> None:
     found, cells = comparison.regrets
     if len(comparison.cells) < 2 or not found:
-        CONSOLE.print(Text(regret_summary(comparison)))
+        CONSOLE.print(
+            Text(f"no regret of one choice everywhere: {regret_summary(comparison)}"), soft_wrap=True
+        )
         return
     CONSOLE.print(Text(f"regret of one choice everywhere, over {plural(cells, 'cell')}", style="bold"))
     table = _table(comparison.question.title, "cells", "no number", "geometric mean", "worst")

@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+from yaml.error import MarkedYAMLError  # type: ignore[import-untyped]
 
 from fa_research.config.schemas import WORKLOADS, Config, WorkloadConfig
 from fa_research.config.yaml_words import hint
@@ -31,6 +32,9 @@ _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str:
 def explain(error: BaseException) -> str:
     """One line for a user about an error of composition or conversion."""
     chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, MarkedYAMLError):
+            return _not_yaml(cause)
     where = next((found[1] for cause in chain if (found := re.match(_IN_A_FILE, str(cause)))), None)
     for cause in chain:
         if isinstance(cause, MissingConfigException) and cause.options:
@@ -39,7 +43,8 @@ def explain(error: BaseException) -> str:
             return f"{where}.yaml: {_explain_omegaconf(cause)}" if where else _explain_omegaconf(cause)
         if several := re.match(r"Ambiguous value for argument '(.*)'", str(cause)):
             key, _, values = several[1].partition("=")
-            return f"{several[1]}: several values need a sweep, --multirun; a list is {key}=[{values}]"
+            a_list = f"; a list is {key}=[{values}]" if "." in key else ""
+            return f"{several[1]}: several values need a sweep: add -m (--multirun){a_list}"
     for cause in chain:
         if plain := re.match(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", str(cause)):
             return _plain_for_group(plain[1], plain[2], where)
@@ -57,12 +62,20 @@ def explain(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def _not_yaml(error: MarkedYAMLError) -> str:
+    """A file that is no YAML: where, and what YAML says."""
+    mark = error.problem_mark
+    where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else "a config file"
+    return f"{where}: this is no YAML: {error.problem or error.context}"
+
+
 def _plain_for_group(schema: str, value: str, where: str | None) -> str:
     """A value was given where a preset has a group of keys, as in `tracking: off`."""
     named = [
         key for key, kind in typing.get_type_hints(Config).items() if getattr(kind, "__name__", "") == schema
     ]
-    group = named[0] if named else schema
+    workloads = {kind.__name__ for kind in WORKLOADS.values()}
+    group = named[0] if named else "workload" if schema in workloads else schema
     return (
         f"{f'{where}.yaml: ' if where else ''}{group}={value}: is a group of keys, no value; a choice of it stands in "
         f"the list of defaults: override /{group}: <choice>"
