@@ -51,7 +51,8 @@ def choose(
     passed_over: list[str] = []
     for name in preferred.order:
         backend, reasons = _try_or_error(_registry()[name], settings, specs)
-        reasons = reasons or tuple(also(backend)) if backend is not None else reasons
+        if backend is not None and not reasons:
+            reasons = tuple(also(backend))
         if backend is not None and not reasons:
             return backend, "; ".join([*passed_over, preferred.reason])
         passed_over.append(f"not {name} ({', '.join(reasons)})")

@@ -187,8 +187,8 @@ class AttentionBackend(ABC):
     ) -> AttentionOutput:
         """One layer's attention with the metadata of this pass, or, with `settings.metadata_per_layer`, with metadata
         made by the same call anew: for every kind of layer, as a pass makes them. A pass without requests has an empty
-        result, and no backend is asked for it. Raises BackendFault where the result
-        has another shape, dtype or device than `attend` promises."""
+        result, and no backend is asked for it. Raises BackendFault where the result has another shape, dtype or device
+        than expected."""
         if self.settings.metadata_per_layer and not self._unread and self._renew is not None:
             with mark(METADATA):
                 self._renew()

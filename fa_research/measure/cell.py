@@ -132,7 +132,7 @@ def measure(
     if other is not None:
         stage("timing against the other engine")
         _compare(result, workload, other, timer)
-    # Last, as the profiler stays in the driver.
+    # Last: traced runs are no timed ones, and what is timed above is over by now.
     for unit in workload.units() if engine.config.measure.ledger else []:
         stage(f"breaking {unit.name} down into its parts")
         timed_us = result.metrics.get(f"{unit.name}_span_us", result.metrics[f"{unit.name}_us"])

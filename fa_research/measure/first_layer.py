@@ -24,34 +24,23 @@ from fa_research.workloads.base import Case, pick
 _MAX_QUERIES = 64
 
 
-class _Watch:
-    """`Attend` of one pass of one request: the backend's own results, each compared until one departs."""
+class _Watch(PagedAttention):
+    """One pass of one request: the backend's own results, each compared until one departs."""
 
     def __init__(self, engine: Engine, batch: ForwardBatch, case: Case) -> None:
-        backend = engine.backend
-        backend.init_forward_metadata(batch, engine.runner.req_to_token_RW)
-        self._engine, self._attend = (
-            engine,
-            PagedAttention(backend, engine.cache.kv, batch, backend.lowerings),
-        )
-        self._slots_N = engine.runner.req_to_token_RW[case.row, : batch.seq_lens_cpu[0]].long()
-        rows = torch.tensor(pick(batch.num_tokens, _MAX_QUERIES), device=engine.device)
-        self._rows_M, self._positions_M = rows, batch.positions_T[rows]
+        backend, table = engine.backend, engine.runner.req_to_token_RW
+        super().__init__(backend, engine.cache.kv, batch, backend.lowerings)
+        backend.init_forward_metadata(batch, table)
+        self._engine = engine
+        self._slots_N = table[case.row, : batch.seq_lens_cpu[0]].long()
+        self._rows_M = torch.tensor(pick(batch.num_tokens, _MAX_QUERIES), device=engine.device)
+        self._positions_M = batch.positions_T[self._rows_M]
         self.found = ""
 
-    def __call__(
-        self,
-        layer_id: int,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKV: Tensor,
-        *,
-        rope: Tensor | None,
-        sinks_H: Tensor | None = None,
-    ) -> Tensor:
-        out_THV = self._attend(layer_id, q_THD, k_TKD, v_TKV, rope=rope, sinks_H=sinks_H)
+    def read(self, layer_id: int, q_THD: Tensor, sinks_H: Tensor | None = None) -> Tensor:
+        out_THV = super().read(layer_id, q_THD, sinks_H)
         if not self.found:
-            self._compare(layer_id, q_THD, out_THV, sinks_H)  # the queries are rotated by now
+            self._compare(layer_id, q_THD, out_THV, sinks_H)
         return out_THV
 
     def _compare(self, layer_id: int, q_THD: Tensor, out_THV: Tensor, sinks_H: Tensor | None) -> None:
